@@ -1,1 +1,46 @@
-"""."""
+r"""imgloop: inspect, map, read and verify disk images.
+
+>>> import imgloop
+>>> with imgloop.open("disk.qcow2") as image:  # doctest: +SKIP
+...     image.size, image.pread(512, 0)[-2:]
+(67108864, b'U\xaa')
+
+The public surface: `open`, `Image`, `Gate` and `Trust` (which files an image may refer to), `Limits` (what may be
+spent on it), and the tree of errors below `ImageError` (see `imgloop.formats.errors`).
+"""
+
+from __future__ import annotations
+
+from imgloop.formats.errors import (
+    CorruptError,
+    FormatError,
+    GateError,
+    ImageError,
+    OpenError,
+    OutOfRangeError,
+    ReadError,
+    ReadOnlyError,
+    UsageError,
+)
+from imgloop.gate import Gate, Trust
+from imgloop.image import Image, ImageFile, open
+from imgloop.limits import Limits
+
+__version__ = "0.1.0"
+__all__ = [
+    "CorruptError",
+    "FormatError",
+    "Gate",
+    "GateError",
+    "Image",
+    "ImageError",
+    "ImageFile",
+    "Limits",
+    "OpenError",
+    "OutOfRangeError",
+    "ReadError",
+    "ReadOnlyError",
+    "Trust",
+    "UsageError",
+    "open",
+]

@@ -1,1 +1,1 @@
-"""."""
+"""QEMU's copy-on-write format, versions 2 and 3."""

@@ -1,1 +1,1 @@
-"""."""
+"""The raw format: no structure at all."""

@@ -1,0 +1,109 @@
+"""`imgloop map`: where the guest's data is."""
+
+from __future__ import annotations
+
+from typing import IO, TYPE_CHECKING
+
+import click
+
+import imgloop
+from imgloop.cli.options import Size, file_argument, image_options, output_option, warn
+from imgloop.formats.errors import Where
+from imgloop.gate import Gate
+
+if TYPE_CHECKING:
+    from imgloop.formats.extents import Extents
+    from imgloop.image import Image
+
+MIXED = "File contains external, encrypted or compressed clusters."
+NO_ROW = '{ "start": %d, "length": 0, "depth": 0, "present": false, "zero": false, "data": false, "compressed": false}'
+
+
+@click.command()
+@image_options
+@output_option
+@click.option("--start-offset", "-s", type=Size("start offset"), default=0, help="Where to start.")
+@click.option("--max-length", "-l", type=Size("max length"), help="How much to map.")
+@file_argument
+@click.pass_obj
+def map(
+    gate: Gate,
+    file: str,
+    format: str | None,
+    image_opts: bool,
+    force_share: bool,
+    output: str,
+    start_offset: int,
+    max_length: int | None,
+) -> None:
+    """Show which parts of FILE hold data, in which layer of the backing chain, and where there.
+
+    Offsets and lengths are in bytes. The output and the exit codes are those of `qemu-img map`.
+    """
+    stdout = click.get_text_stream("stdout")
+    with imgloop.open(file, format, gate=gate, image_opts=image_opts) as image:
+        warn(image.warnings)
+        if output == "json":
+            _print_json(image, start_offset, max_length, stdout)
+        else:
+            _print_table(image, start_offset, max_length, stdout)
+
+
+def _print_json(image: Image, start: int, length: int | None, stdout: IO[str]) -> None:
+    from imgloop.map import guest_map
+
+    stdout.write("[")
+    separator = ""
+    try:
+        for table in guest_map(image, start, length):
+            if len(table):
+                stdout.write(separator + _rows(table))
+                separator = ",\n"
+        if not separator:  # nothing to map: QEMU says so in an entry of its own
+            stdout.write(NO_ROW % start)
+    finally:
+        stdout.write("]\n")  # valid JSON up to the damage, if there is any
+
+
+def _rows(table: Extents) -> str:
+    """The JSON of a table's extents. One call of C code for all of them: there may be millions."""
+    import numpy as np
+
+    from imgloop.formats.extents import Kind
+
+    words = ("false", "true")
+    row = (
+        '{{ "start": %d, "length": %d, "depth": %d, "present": {}, "zero": {}, "data": {}, "compressed": {}'
+    )
+    templates = []
+    for kind in Kind:
+        data = kind in (Kind.DATA, Kind.COMPRESSED, Kind.ENCRYPTED)
+        flags = (kind != Kind.UNALLOCATED, not data, data, kind == Kind.COMPRESSED)
+        start = row.format(*(words[flag] for flag in flags))
+        templates += [start + "}", start + ', "offset": %d}']
+    located = table["offset"] >= 0
+    chosen = [templates[number] for number in (table["kind"] * 2 + located).tolist()]
+    numbers = np.stack([table["start"], table["length"], table["depth"], table["offset"]], axis=1)
+    shown = np.ones_like(numbers, dtype=bool)
+    shown[:, 3] = located
+    return ",\n".join(chosen) % tuple(numbers[shown].tolist())
+
+
+def _print_table(image: Image, start: int, length: int | None, stdout: IO[str]) -> None:
+    from imgloop.formats.extents import Kind
+    from imgloop.map import guest_map
+
+    stdout.write(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File\n")
+    for table in guest_map(image, start, length):
+        table = table[(table["kind"] == Kind.DATA) | (table["kind"] == Kind.COMPRESSED)]
+        for guest, size, host, file in zip(
+            *(table[name].tolist() for name in ("start", "length", "offset", "file")), strict=True
+        ):
+            if host < 0:
+                raise imgloop.ImageError(MIXED, Where(image.name, field="guest offset", value=guest))
+            name = image.files[file].name
+            stdout.write(f"{_hex(guest):<16}{_hex(size):<16}{_hex(host):<16}{name}\n")
+
+
+def _hex(value: int) -> str:
+    return f"{value:#x}" if value else "0"

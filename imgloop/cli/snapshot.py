@@ -1,0 +1,39 @@
+"""`imgloop snapshot`: the internal snapshots of an image."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+import imgloop
+from imgloop.cli.info import snapshot_table
+from imgloop.cli.options import file_argument, image_options, output_option, warn
+from imgloop.gate import Gate
+
+
+@click.command()
+@image_options
+@output_option
+@click.option("-l", "--list", "listing", is_flag=True, help="List the snapshots (the default).")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing on stdout.")
+@file_argument
+@click.pass_obj
+def snapshot(
+    gate: Gate,
+    file: str,
+    format: str | None,
+    image_opts: bool,
+    force_share: bool,
+    output: str,
+    listing: bool,
+    quiet: bool,
+) -> None:
+    """List the internal snapshots of FILE, as `qemu-img snapshot -l` does; nothing where there are none."""
+    with imgloop.open(file, format, gate=gate, image_opts=image_opts) as image:
+        warn(image.warnings)
+        found = image.info().get("snapshots", [])
+    if output == "json":
+        click.echo(json.dumps(found, indent=4))
+    elif found:
+        click.echo("Snapshot list:\n" + "\n".join(snapshot_table(found)))
