@@ -1,0 +1,1 @@
+"""Tests of imgloop, most of them against what qemu-img said or says."""
