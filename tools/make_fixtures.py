@@ -1,9 +1,9 @@
 """Make the images in fixtures/ again, and the record beside each of what qemu-img says of it.
 
-The images are made by the qemu-img and qemu-io that are first on PATH; `--judge DIR` names the folder of
-the QEMU that is asked about them (QEMU 9.2 or newer, for the records hold what its output has). Everything
-that goes into the images is drawn from seeded generators or written here, and the dates of snapshots are
-set, so a second run with the same QEMU makes the same files; only the LUKS image holds fresh keys.
+The images are made by the qemu-img and qemu-io that are first on PATH. `--judge DIR` names the folder of the
+qemu-img that is asked about them: the newest at hand, for the records follow its output, and older ones say
+less. All that goes into them is written here or drawn from seeded generators, and the dates of snapshots
+are set, so that a second run with the same QEMU makes the same files; only the LUKS image has new keys.
 
 The table RECIPES, in the order of making, names every fixture. tests/recorded.py says what a record holds.
 """
@@ -831,8 +831,11 @@ def store(path: Path, target: Path) -> None:
 def make_all(target: Path, judge_folder: str) -> int:
     """Make, store and judge every fixture; return the bytes in the folder."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a killed qemu-io leaves no core file
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
+    target.mkdir(parents=True, exist_ok=True)
+    # Fixtures of an earlier run go, and nothing else that may lie there.
+    for beside in [*target.glob("*.qcow2.json"), *target.glob("*.raw.json")]:
+        for old in (beside, beside.with_suffix(""), beside.with_suffix(".gz")):
+            old.unlink(missing_ok=True)
     maker = Judge("qemu-img", target).version()
     program = str(Path(judge_folder).absolute() / "qemu-img") if judge_folder else "qemu-img"
     with tempfile.TemporaryDirectory() as making, tempfile.TemporaryDirectory() as judging:
