@@ -1,1 +1,1 @@
-"""The tests."""
+"""Tests of imgloop, most of them against what qemu-img said or says."""
