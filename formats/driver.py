@@ -50,8 +50,8 @@ class Driver(ABC):
         """The extents of guest range [start, start + length), within `size`; at least the first of them.
 
         A table covers the range from `start` on but may end early, after some thousands of extents: ask
-        again from where it ends. With `holes` the file system is asked where the host file has none of its
-        own blocks, and such ranges are ZERO too.
+        again from where it ends. With `holes` the file system is asked where the host file has no blocks: such
+        ranges are ZERO (raw) or HOLE.
         """
 
     def decode(self, offset: int, stored: int) -> bytes:

@@ -49,6 +49,7 @@ class Kind(IntEnum):
     COMPRESSED = 3  # a compressed stream in the file at `offset`
     ENCRYPTED = 4  # encrypted bytes of the file at `offset`
     INVALID = 5  # the entry is damaged: these bytes cannot be read truthfully
+    HOLE = 6  # DATA for the format, but a hole of the file at `offset`: zeros
 
 
 def extent(start: int, length: int, kind: Kind, offset: int = NO_OFFSET, file: int = 0) -> Extents:
@@ -120,7 +121,7 @@ def coalesce(extents: Extents, *, streams: bool = False) -> Extents:
 
 
 def split_holes(extents: Extents, file: Source) -> Extents:
-    """DATA that lies in holes of `file`, or past its end, as ZERO with the same offset."""
+    """DATA that lies in holes of `file`, or past its end, as HOLE with the same offset."""
     data = extents[extents["kind"] == Kind.DATA]
     if not len(data):
         return extents
@@ -139,5 +140,5 @@ def split_holes(extents: Extents, file: Source) -> Extents:
     start[inner] += edges[edge[inner]] - result["offset"][inner]
     _trim_front(result, start)
     result["length"] = np.diff(start, append=end_of(extents))
-    result["kind"][(result["kind"] == Kind.DATA) & (edge % 2 == 1)] = Kind.ZERO
+    result["kind"][(result["kind"] == Kind.DATA) & (edge % 2 == 1)] = Kind.HOLE
     return coalesce(result)

@@ -104,7 +104,5 @@ class Source:
             self.fd = -1
 
     def _failed(self, error: Exception, offset: int, length: int) -> ReadError:
-        reason = (
-            os.strerror(error.errno or errno.EIO) if isinstance(error, OSError) else os.strerror(errno.EIO)
-        )
+        reason = os.strerror(error.errno or errno.EIO) if isinstance(error, OSError) else os.strerror(errno.EIO)
         return ReadError(f"Could not read {length} bytes: {reason}", Where(self.name, offset))

@@ -31,9 +31,7 @@ class Gate:
     directory of the top image itself.
     """
 
-    def __init__(
-        self, *, trust: Trust = Trust.DIRECTORY, allow: Iterable[str | os.PathLike[str]] = ()
-    ) -> None:
+    def __init__(self, *, trust: Trust = Trust.DIRECTORY, allow: Iterable[str | os.PathLike[str]] = ()) -> None:
         self.trust = trust
         self.allow = tuple(os.path.realpath(path) for path in allow)
 

@@ -106,9 +106,7 @@ def open_layers(
                 return
             # `info` opens each by itself, all others the chain as one
             prefix = (
-                f"Could not open '{below.text}'"
-                if purpose == "info"
-                else f"{prefix}: Could not open backing file"
+                f"Could not open '{below.text}'" if purpose == "info" else f"{prefix}: Could not open backing file"
             )
             if len(seen) >= limits.chain_depth:
                 raise OpenError(f"The backing chain has more than {limits.chain_depth} layers")
@@ -136,9 +134,7 @@ def _backing_of(layer: Layer) -> tuple[Node | None, str | None]:
 
 def _open_layer(node: Node, named_by: str | None, gate: Gate, purpose: Purpose, top: Node) -> Layer:
     def open_file(name: str, role: str, by: str | None) -> Source:
-        return (
-            gate.open_top(name) if by is None else gate.open_named(name, top=top.filename, by=by, role=role)
-        )
+        return gate.open_top(name) if by is None else gate.open_named(name, top=top.filename, by=by, role=role)
 
     def open_data_file(name: str) -> Source:
         # a stored name is a plain file name, and counts from the current directory
@@ -218,9 +214,7 @@ class Image:
 
     # --- where the bytes are ---
 
-    def iter_extents(
-        self, start: int = 0, length: int | None = None, *, holes: bool = False
-    ) -> Iterator[Extents]:
+    def iter_extents(self, start: int = 0, length: int | None = None, *, holes: bool = False) -> Iterator[Extents]:
         """The extents of [start, start + length) in tables of bounded size; to the end of the image by default.
 
         `depth` is the layer that answered, `file` counts `self.files`. UNALLOCATED is what no layer holds:
@@ -228,7 +222,7 @@ class Image:
         parts are INVALID extents, not errors; see `explain`.
         """
         end = self.size if length is None else start + length
-        self._check_range(end - start, start)
+        self._check_range(max(0, end - start), start)
         while start < end:
             table = self._compose(0, start, end, holes)
             yield table

@@ -18,8 +18,10 @@ def guest_map(image: Image, start: int = 0, length: int | None = None) -> Iterat
     that says why.
     """
     end = image.size if length is None else min(start + length, image.size)
+    if start >= end:
+        return
     pending: Extents | None = None
-    for table in image.iter_extents(start, max(0, end - start), holes=True):
+    for table in image.iter_extents(start, end - start, holes=True):
         table["offset"][table["kind"] == Kind.COMPRESSED] = NO_OFFSET
         table["stored"] = 0
         if pending is not None:

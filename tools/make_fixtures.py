@@ -581,13 +581,9 @@ RECIPES = (
         "clusters of 512 bytes, several L2 tables",
         mixture("cluster_size=512", 512, 256 * KIB),
     ),
-    Recipe(
-        "cluster-4k.qcow2", "clusters of 4 KiB, two L2 tables", mixture("cluster_size=4k", 4 * KIB, 4 * MIB)
-    ),
+    Recipe("cluster-4k.qcow2", "clusters of 4 KiB, two L2 tables", mixture("cluster_size=4k", 4 * KIB, 4 * MIB)),
     Recipe("cluster-2m.qcow2", "clusters of 2 MiB", large_clusters),
-    Recipe(
-        "unaligned.qcow2", "1 MiB + 512 bytes: the last cluster is cut off by the virtual size", unaligned
-    ),
+    Recipe("unaligned.qcow2", "1 MiB + 512 bytes: the last cluster is cut off by the virtual size", unaligned),
     *(
         Recipe(
             f"refcount-{bits}.qcow2",
@@ -597,9 +593,7 @@ RECIPES = (
         for bits in (1, 2, 4, 8, 16, 32, 64)
     ),
     Recipe("zlib-512.qcow2", "deflate in clusters of 512 bytes", compressed("cluster_size=512", 512, 80)),
-    Recipe(
-        "zlib-4k.qcow2", "deflate streams packed back to back", compressed("cluster_size=4k", 4 * KIB, 48)
-    ),
+    Recipe("zlib-4k.qcow2", "deflate streams packed back to back", compressed("cluster_size=4k", 4 * KIB, 48)),
     Recipe("zlib-64k.qcow2", "deflate in clusters of 64 KiB", compressed("cluster_size=64k", 64 * KIB, 8)),
     Recipe("v2-zlib.qcow2", "version 2, deflate", compressed("compat=0.10,cluster_size=4k", 4 * KIB, 24)),
     Recipe(
@@ -729,9 +723,7 @@ RECIPES = (
         "a machine's disk: GPT, text on partition 1, ext4 on partition 2, a snapshot before its upgrade",
         demo_disk,
     ),
-    Recipe(
-        "overlay.qcow2", "a test copy of that machine, an overlay on its disk", demo_overlay, ("disk.qcow2",)
-    ),
+    Recipe("overlay.qcow2", "a test copy of that machine, an overlay on its disk", demo_overlay, ("disk.qcow2",)),
 )
 
 

@@ -75,9 +75,7 @@ class Qcow2(Driver):
     def _check_encryption(self, purpose: Purpose) -> None:
         method = self.encryption
         if method == "luks" and not last_extension(self.extensions, schema.FULL_DISK_ENCRYPTION):
-            raise self._bad(
-                "crypt_method", f"Missing CRYPTO header for crypt method {self.header.crypt_method}"
-            )
+            raise self._bad("crypt_method", f"Missing CRYPTO header for crypt method {self.header.crypt_method}")
         if method and purpose == "read":
             raise self._bad("crypt_method", f"The image is encrypted ({method}), which cannot be read yet")
 

@@ -270,7 +270,10 @@ def _table_problems(source: Source, header: Header, *, checking: bool) -> Iterat
         yield bad("refcount_table_offset", "Reference count table offset invalid")
     if header.nb_snapshots > MAX_SNAPSHOTS and not checking:
         yield bad("nb_snapshots", "Snapshot table too large")
-    elif _misplaced(header, header.snapshots_offset, header.nb_snapshots * schema.SnapshotEntry.sizeof()) and not checking:
+    elif (
+        _misplaced(header, header.snapshots_offset, header.nb_snapshots * schema.SnapshotEntry.sizeof())
+        and not checking
+    ):
         yield bad("snapshots_offset", "Snapshot table offset invalid")
     yield from _l1_problems(source, header)
     if header.crypt_method not in schema.CRYPT_METHODS:
@@ -321,8 +324,7 @@ def _judge_encryption(header: Header, extension: Extension) -> Iterator[str]:
         offset = schema.record(schema.EncryptionPointer, extension.data)["offset"]
         if offset % header.cluster_size:
             yield (
-                f"Encryption header offset '{offset}' is not a multiple of cluster size "
-                f"'{header.cluster_size}'"
+                f"Encryption header offset '{offset}' is not a multiple of cluster size '{header.cluster_size}'"
             )
 
 
@@ -369,9 +371,7 @@ def bitmap_warning(header: Header, extensions: list[Extension]) -> str | None:
             "This qcow2 v2 image contains bitmaps, but they may have been modified by a program without "
             "persistent bitmap support; so now they must all be considered inconsistent"
         )
-    return (
-        "a program lacking bitmap support modified this file, so all bitmaps are now considered inconsistent"
-    )
+    return "a program lacking bitmap support modified this file, so all bitmaps are now considered inconsistent"
 
 
 def read_backing_name(source: Source, header: Header) -> str | None:

@@ -235,9 +235,7 @@ class Mapping:
         """Whether the extended entry at host offset `at` has a bitmap that contradicts it."""
         bitmap = int.from_bytes(self.source.pread(8, at + 8), "big")
         zeros, allocated = (self.columns[name].of(bitmap) for name in ("zero_bitmap", "allocated_bitmap"))
-        present = schema.L2["offset"].of(word) or (
-            self.header.has_data_file and word & schema.L2["copied"].bits
-        )
+        present = schema.L2["offset"].of(word) or (self.header.has_data_file and word & schema.L2["copied"].bits)
         return bool(zeros & allocated if present else allocated)
 
 

@@ -30,9 +30,7 @@ class Raw(Driver):
         length = source.size
         rounded = -(-length // SECTOR) * SECTOR
         if offset > rounded:
-            raise OpenError(
-                f"Offset ({offset}) cannot be greater than size of the containing file ({rounded})"
-            )
+            raise OpenError(f"Offset ({offset}) cannot be greater than size of the containing file ({rounded})")
         if size is not None and offset + size > rounded:
             raise OpenError(
                 f"The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the "

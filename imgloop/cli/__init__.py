@@ -54,7 +54,9 @@ class Verbs(click.Group):
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--allow", metavar="PATH", multiple=True, help="Let images refer to this file, or to files below it.")
+@click.option(
+    "--allow", metavar="PATH", multiple=True, help="Let images refer to this file, or to files below it."
+)
 @click.option("--trust", is_flag=True, help="Let images refer to any file.")
 @click.option("--untrusted", is_flag=True, help="Open no file that an image refers to.")
 @click.version_option(__version__, "-V", "--version", prog_name="imgloop")

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from imgloop.image import Image
 
 MIXED = "File contains external, encrypted or compressed clusters."
-NO_ROW = '{ "start": %d, "length": 0, "depth": 0, "present": false, "zero": false, "data": false, "compressed": false}'
+NO_ROW = (
+    '{ "start": %d, "length": 0, "depth": 0, "present": false, "zero": false, "data": false, "compressed": false}'
+)
 
 
 @click.command()
@@ -72,13 +74,11 @@ def _rows(table: Extents) -> str:
     from imgloop.formats.extents import Kind
 
     words = ("false", "true")
-    row = (
-        '{{ "start": %d, "length": %d, "depth": %d, "present": {}, "zero": {}, "data": {}, "compressed": {}'
-    )
+    row = '{{ "start": %d, "length": %d, "depth": %d, "present": {}, "zero": {}, "data": {}, "compressed": {}'
     templates = []
     for kind in Kind:
-        data = kind in (Kind.DATA, Kind.COMPRESSED, Kind.ENCRYPTED)
-        flags = (kind != Kind.UNALLOCATED, not data, data, kind == Kind.COMPRESSED)
+        data = kind in (Kind.DATA, Kind.COMPRESSED, Kind.ENCRYPTED, Kind.HOLE)
+        flags = (kind != Kind.UNALLOCATED, not data or kind == Kind.HOLE, data, kind == Kind.COMPRESSED)
         start = row.format(*(words[flag] for flag in flags))
         templates += [start + "}", start + ', "offset": %d}']
     located = table["offset"] >= 0
