@@ -64,7 +64,7 @@ class Field:
     def of(self, word: int) -> int: ...
     @overload
     def of(self, word: NDArray[np.uint64]) -> NDArray[np.uint64]: ...
-    def of(self, word: int | NDArray[np.uint64]) -> int | NDArray[np.uint64]:
+    def of(self, word: Any) -> Any:
         """The field's value in the entry's word (an integer, or an array of them)."""
         if self.scale <= self.shift:
             # one shift and one mask: the scaled field stays where it is

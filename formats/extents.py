@@ -96,7 +96,7 @@ def overlay(top: Extents, lower: Extents) -> Extents:
     keep = answers | (starts == top["start"][above])
     keep[1:] |= answers[:-1]
     starts, above, below, answers = starts[keep], above[keep], below[keep], answers[keep]
-    result = np.where(answers, lower[below], top[above])
+    result: Extents = np.where(answers, lower[below], top[above])
     _trim_front(result, starts)
     result["length"] = np.diff(starts, append=end)
     return result

@@ -326,13 +326,13 @@ class Image:
         start = number << self._window_bits
         table = self.extents(start, min(1 << self._window_bits, self.size - start))
         window = _Window(
-            starts=memoryview(table["start"].copy()),
-            ends=memoryview(table["start"] + table["length"]),
-            offsets=memoryview(table["offset"].copy()),
-            stored=memoryview(table["stored"].copy()),
+            starts=table["start"].copy().data,
+            ends=(table["start"] + table["length"]).data,
+            offsets=table["offset"].copy().data,
+            stored=table["stored"].copy().data,
             kinds=table["kind"].tobytes(),
-            files=memoryview(table["file"].copy()),
-            depths=memoryview(table["depth"].copy()),
+            files=table["file"].copy().data,
+            depths=table["depth"].copy().data,
         )
         self._windows.put(number, window, 1024 + 33 * len(table))
         return window

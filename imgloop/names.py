@@ -48,7 +48,8 @@ class Node:
 def parse(text: str, format: str | None = None) -> Node:
     """The node that a file name stands for; `format` (from -f) goes before what the name itself says."""
     if text.startswith("json:"):
-        return replace(_from_json(text), **({"format": format} if format else {}))
+        node = _from_json(text)
+        return replace(node, format=format) if format else node
     return Node(text, _strip_protocol(text), format)
 
 
@@ -157,7 +158,9 @@ def _from_options(text: str, options: dict[str, Any]) -> Node:
     if driver in (None, "qcow2"):
         node = _with_children(node, options)
     if driver in (None, "raw"):
-        sizes = {name: _size(options.pop(name), name) for name in ("offset", "size") if name in options}
+        sizes: dict[str, int] = {
+            name: _size(options.pop(name), name) for name in ("offset", "size") if name in options
+        }
         node = replace(node, options=sizes)
     for name in options:
         if not _HARMLESS.fullmatch(name):

@@ -11,7 +11,6 @@ from imgloop.formats.qcow2 import schema
 from imgloop.formats.qcow2.bitmaps import Bitmap, bitmap_extension, check_bitmap_tables, read_bitmaps
 from imgloop.formats.qcow2.compression import DecodeError, decoder
 from imgloop.formats.qcow2.header import (
-    MAX_OFFSET,
     bitmap_warning,
     extension_problems,
     last_extension,
@@ -21,7 +20,7 @@ from imgloop.formats.qcow2.header import (
     read_header,
 )
 from imgloop.formats.qcow2.snapshots import Snapshot, check_l1, find_snapshot, read_snapshots
-from imgloop.formats.source import Source
+from imgloop.formats.source import MAX_OFFSET, Source
 
 if TYPE_CHECKING:
     from imgloop.formats.extents import Extents
@@ -81,7 +80,7 @@ class Qcow2(Driver):
 
     @property
     def encryption(self) -> str | None:
-        """ "aes", "luks", or None for a plain image."""
+        """The encryption method, aes or luks; None for a plain image."""
         return schema.CRYPT_METHODS[self.header.crypt_method] if self.header.crypt_method else None
 
     @property

@@ -22,6 +22,7 @@ MAX_BITMAPS = 65535
 MAX_BITMAP_DIRECTORY = 1024 * MAX_BITMAPS  # bytes
 MAX_BACKING_NAME = 1023  # bytes
 MAX_BACKING_FORMAT = 15  # bytes
+EXTENSION_HEAD: int = schema.ExtensionHeader.sizeof()  # bytes of type and length
 INT_MAX = (1 << 31) - 1
 UINT64 = (1 << 64) - 1
 
@@ -103,7 +104,7 @@ class Extension:
     @property
     def data_offset(self) -> int:
         """Where the data starts (bytes)."""
-        return self.offset + schema.ExtensionHeader.sizeof()
+        return self.offset + EXTENSION_HEAD
 
     @property
     def name(self) -> str:
@@ -145,7 +146,7 @@ def read_extensions(source: Source, header: Header) -> tuple[list[Extension], in
     found: list[Extension] = []
     offset, end = header.header_length, header.extensions_end
     area = source.pread(max(0, end - offset), offset)
-    base, head = offset, schema.ExtensionHeader.sizeof()
+    base, head = offset, EXTENSION_HEAD
     while offset < end:
         entry = schema.record(schema.ExtensionHeader, area[offset - base : offset - base + head])
         if offset > end - head:
@@ -262,6 +263,7 @@ def _table_problems(source: Source, header: Header, *, checking: bool) -> Iterat
         return _bad(source, header, field, message)
 
     table_size = header.refcount_table_clusters * header.cluster_size
+    snapshots_size: int = header.nb_snapshots * schema.SnapshotEntry.sizeof()
     if not header.refcount_table_clusters and not checking:
         yield bad("refcount_table_clusters", "Image does not contain a reference count table")
     if table_size > MAX_REFCOUNT_TABLE:
@@ -270,10 +272,7 @@ def _table_problems(source: Source, header: Header, *, checking: bool) -> Iterat
         yield bad("refcount_table_offset", "Reference count table offset invalid")
     if header.nb_snapshots > MAX_SNAPSHOTS and not checking:
         yield bad("nb_snapshots", "Snapshot table too large")
-    elif (
-        _misplaced(header, header.snapshots_offset, header.nb_snapshots * schema.SnapshotEntry.sizeof())
-        and not checking
-    ):
+    elif not checking and _misplaced(header, header.snapshots_offset, snapshots_size):
         yield bad("snapshots_offset", "Snapshot table offset invalid")
     yield from _l1_problems(source, header)
     if header.crypt_method not in schema.CRYPT_METHODS:

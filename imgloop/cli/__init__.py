@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 
 import click
@@ -119,8 +120,6 @@ def say(message: str) -> None:
 
 def _abandon_stdout(code: int) -> int:
     """Keep the interpreter from flushing what cannot be written when it ends."""
-    try:
+    with suppress(OSError, ValueError):  # not a real file, or closed: then there is nothing to flush to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):  # not a real file, or closed: then there is nothing to flush to
-        pass
     return code

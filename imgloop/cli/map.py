@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import IO, TYPE_CHECKING
 
 import click
@@ -42,13 +43,12 @@ def map(
 
     Offsets and lengths are in bytes. The output and the exit codes are those of `qemu-img map`.
     """
-    stdout = click.get_text_stream("stdout")
     with imgloop.open(file, format, gate=gate, image_opts=image_opts) as image:
         warn(image.warnings)
         if output == "json":
-            _print_json(image, start_offset, max_length, stdout)
+            _print_json(image, start_offset, max_length, sys.stdout)
         else:
-            _print_table(image, start_offset, max_length, stdout)
+            _print_table(image, start_offset, max_length, sys.stdout)
 
 
 def _print_json(image: Image, start: int, length: int | None, stdout: IO[str]) -> None:

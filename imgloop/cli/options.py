@@ -39,7 +39,7 @@ class Output(click.Choice[str]):
 output_option = click.option("--output", type=Output(), default="human", help="human (default) or json")
 
 
-class Size(click.ParamType):
+class Size(click.ParamType[int]):
     """A size or an offset in bytes: k, M, G, T, P, E, or s for sectors of 512 bytes."""
 
     def __init__(self, what: str) -> None:
