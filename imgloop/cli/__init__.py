@@ -17,6 +17,7 @@ from imgloop.gate import Gate, Trust
 
 # verb: what `imgloop --help` says of it; the command `<verb>` is in imgloop.cli.<verb>
 VERBS = {
+    "check": "Check the structures of an image, and who claims what.",
     "dd": "Copy a part of an image to a raw file, with dd's operands.",
     "dump": "Show the structures of an image as they lie on disk.",
     "info": "Show what an image is.",
@@ -84,7 +85,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def run(args: Sequence[str] | None = None) -> int:
     """`main` without touching the process's signals."""
     try:
-        imgloop.main(args=args, prog_name="imgloop", standalone_mode=False)
+        code = imgloop.main(args=args, prog_name="imgloop", standalone_mode=False)
         sys.stdout.flush()
     except click.UsageError as error:
         say(error.format_message())
@@ -110,7 +111,7 @@ def run(args: Sequence[str] | None = None) -> int:
         return _abandon_stdout(1)
     except SystemExit as end:
         return int(end.code or 0)
-    return 0
+    return code if isinstance(code, int) else 0  # a verb may return its exit code
 
 
 def say(message: str) -> None:
