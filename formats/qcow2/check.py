@@ -29,7 +29,7 @@ from imgloop.formats.qcow2.claims import (
     l2_batches,
 )
 from imgloop.formats.qcow2.counts import PAGE, Counts
-from imgloop.formats.qcow2.entries import ENTRY_CODES, Rows, Walk, claims_on, entries_of
+from imgloop.formats.qcow2.entries import ENTRY_CODES, Rows, Walk, claims_on, entries_of, row_events
 from imgloop.formats.qcow2.header import Extension, Header
 from imgloop.formats.qcow2.stored import StoredRefcounts
 from imgloop.formats.source import Source
@@ -53,7 +53,11 @@ class Check:
         self.structures = list(self.layout.structures())
         self.failure = next((one.reason for one in self.structures if isinstance(one, Abort)), None)
         self.counts: Tally[str] = Tally(one.code for one in self.structures if isinstance(one, Event))
-        self.total, self.data, self.metadata, self.structural = Counts(), Counts(), Counts(), Counts()
+        self.total = Counts()  # all claims
+        self.metadata = Counts()  # of all but guest data
+        self.structural = Counts()  # the same, but an L2 table that snapshots share counts once
+        # of the active image's uncompressed clusters; without snapshots, what is not metadata is nearly that
+        self.data = Counts() if len(self.l1_tables) > 1 else None
         self.clusters = 0  # host clusters that are compared
         self.highest = 0  # the last one that is used
         self._signalled = False
@@ -169,8 +173,9 @@ class Check:
             offset = self.layout.bitmap_clusters(BitmapTable(*key))
             inside = offset < self.layout.end
             self._tell("REGION_PAST_END", times * int(np.count_nonzero(~inside)))
+            clusters = offset[inside] >> self.header.cluster_bits
             for counts in (self.total, self.metadata, self.structural):
-                counts.add(offset[inside] >> self.header.cluster_bits, times)
+                counts.add_runs(clusters, np.ones_like(clusters), times)
 
     def _counts(self, region: Region) -> bool:
         """Whether a region is counted: QEMU takes sizes for signed, and nothing far past the end."""
@@ -205,7 +210,7 @@ class Check:
             self._tell(code, len(found))
         self.block_claims = (number[counts], cluster[counts])
         for tally in (self.total, self.metadata, self.structural):
-            tally.add(cluster[counts])
+            tally.add_runs(cluster[counts], np.ones_like(cluster[counts]))
 
     def _block_events(self) -> Iterator[Event]:
         notes: dict[int, list[tuple[str, int]]] = {}
@@ -381,7 +386,7 @@ class Check:
             if own[slot]:
                 values = (l1_index, int(self.slots.entry[slot]), int(self.table_refcounts[table]))
                 yield Event("L2_COPIED_FLAG", values, 0, l1_index)
-            yield from _row_events(rows, table, 0, l1_index)
+            yield from row_events(rows, table, 0, l1_index)
 
     def _look_ups(self, table: int) -> Iterator[Event]:
         """The complaint of QEMU's look-ups for a table and what it names, if they are the first to meet one."""
@@ -457,20 +462,13 @@ class Check:
             yield from self._region_events(Region("L2 table", offset, self.header.cluster_size), l1.view, index)
             if self.unaligned[table]:
                 yield Event("L2_TABLE_UNALIGNED", (offset,), l1.view, index)
-            for event in _row_events(rows, table, l1.view, index):
+            for event in row_events(rows, table, l1.view, index):
                 if event.code == "REFCOUNT_OVERFLOW":
                     (cluster,) = event.values
                     for overflow in self._overflowing(int(cluster), int(cluster)):
                         yield event._replace(values=overflow.values)
                 else:
                     yield event
-
-
-def _row_events(rows: Rows, table: int, view: int, l1_index: int) -> Iterator[Event]:
-    low, high = np.searchsorted(rows["table"], (table, table + 1))
-    for _, l2_index, number, first, second in rows[low:high].tolist():
-        code = ENTRY_CODES[number]
-        yield Event(code, (first, second)[: len(RULES[code].fields)], view, l1_index, l2_index)
 
 
 def _end_of(last: Numbers) -> int:

@@ -50,10 +50,12 @@ class Counts:
         if heavy.any():
             self.add_runs(clusters[heavy], np.ones(int(heavy.sum()), dtype=np.int64), weights[heavy])
             clusters, weights = clusters[~heavy], weights[~heavy]
-        edges = np.flatnonzero(np.diff(clusters // PAGE)) + 1
-        for part in np.split(np.arange(len(clusters)), edges) if len(edges) else [slice(None)]:
-            if len(clusters[part]):
-                self._add_to_page(clusters[part], weights[part])
+        start = 0
+        while start < len(clusters):
+            edge = (int(clusters[start]) // PAGE + 1) * PAGE
+            end = int(np.searchsorted(clusters, edge))
+            self._add_to_page(clusters[start:end], weights[start:end])
+            start = end
 
     def _add_to_page(self, clusters: Clusters, weights: NDArray[np.int64]) -> None:
         number = int(clusters[0] // PAGE)
@@ -81,6 +83,7 @@ class Counts:
             where, inverse = np.unique(places, return_inverse=True)
             changes = np.zeros(len(where), dtype=np.int64)
             np.add.at(changes, inverse, change)
+            where, changes = where[changes != 0], changes[changes != 0]  # most runs follow each other
             self._ends = [(where, changes)]
             self._coverage = (where, np.cumsum(changes))
         return self._coverage

@@ -5,15 +5,17 @@ The rules and their order are QEMU's (check_refcounts_l2, check_oflag_copied).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from imgloop.formats.findings import RULES, Event
 from imgloop.formats.qcow2 import schema
 from imgloop.formats.qcow2.claims import Batch, Layout, Numbers, Tables, Words
-from imgloop.formats.qcow2.counts import Counts, distinct
+from imgloop.formats.qcow2.counts import Counts
 from imgloop.formats.qcow2.stored import StoredRefcounts
 
 # What can be wrong with one entry, in the order in which QEMU says it.
@@ -136,7 +138,7 @@ class Walk:
     tables: Tables
     stored: StoredRefcounts
     total: Counts  # all claims
-    data: Counts  # claims of the active image's uncompressed clusters
+    data: Counts | None  # claims of the active image's uncompressed clusters, if they are to be told apart
     allocated: int = 0
     compressed: int = 0
     fragmented: int = 0
@@ -199,7 +201,8 @@ class Walk:
         length = np.full(len(start), self.layout.header.l2_entries)
         active = self.tables.active[number]
         self.total.add_runs(start, length, self.tables.named[number])
-        self.data.add_runs(start[active > 0], length[active > 0], active[active > 0])
+        if self.data is not None:
+            self.data.add_runs(start[active > 0], length[active > 0], active[active > 0])
         self.allocated += int(active.sum()) * self.layout.header.l2_entries
         if len(start):
             self.last = max(self.last, int(start.max()) + self.layout.header.l2_entries - 1)
@@ -308,16 +311,10 @@ class Walk:
         self.last = max(self.last, int(last.max()))
         table = entries.table[counts]
         named = self.tables.named[table]
-        active = self.tables.active[table] if plain else named
-        if named.max() > 1 or not active.all():
-            self.total.add(first, named)
-            if plain and active.any():
-                self.data.add(first[active > 0], active[active > 0])
-        else:
-            clusters, claims = distinct(first)
-            self.total.add_distinct(clusters, claims)
-            if plain:
-                self.data.add_distinct(clusters, claims)
+        self.total.add(first, named if named.max() > 1 else 1)
+        active = self.tables.active[table]
+        if plain and self.data is not None and active.any():
+            self.data.add(first[active > 0], active[active > 0] if active.max() > 1 else 1)
         more = last > first
         while more.any():  # once where the offset is not aligned, twice for the longest streams
             first, last, named = first[more] + 1, last[more], named[more]
@@ -354,6 +351,14 @@ class Walk:
             wrong &= self.stored.readable(clusters)
             some = entries.pick(wrong)
             self._note("DATA_COPIED_FLAG", some, some.word, refcounts[wrong].astype(np.uint64))
+
+
+def row_events(rows: Rows, table: int, view: int, l1_index: int) -> Iterator[Event]:
+    """The events of the notes on one L2 table, as met by way of an L1 entry."""
+    low, high = np.searchsorted(rows["table"], (table, table + 1))
+    for _, l2_index, number, first, second in rows[low:high].tolist():
+        code = ENTRY_CODES[number]
+        yield Event(code, (first, second)[: len(RULES[code].fields)], view, l1_index, l2_index)
 
 
 def claims_on(layout: Layout, batch: Batch, wanted: Numbers) -> Rows:
