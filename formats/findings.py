@@ -335,6 +335,11 @@ _OWN_RULES = (
         "correct the field that is named; imgloop dump shows what can be read",
     ),
     _own(
+        "FIELD_INVALID", "corruption", "Another field breaks a rule of the format",
+        "%s", "reason", "the image cannot be opened, even when what is said first is mended",
+        "correct the field",
+    ),
+    _own(
         "CLUSTER_SHARED", "corruption", "Two guest clusters of one disk are the same host cluster",
         "Host cluster 0x%x holds %d clusters of the active disk", "offset claims",
         "at most one of the two can be what the guest wrote; writing to one changes the other",

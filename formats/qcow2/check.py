@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from imgloop.formats.findings import RULES, Event, total
+from imgloop.formats.findings import OWN_CODES, RULES, Event, total
 from imgloop.formats.qcow2 import schema
 from imgloop.formats.qcow2.bitmaps import Bitmap
 from imgloop.formats.qcow2.claims import (
@@ -129,7 +129,7 @@ class Check:
         if self.failure is None or not active.all():
             for number, code in enumerate(ENTRY_CODES):
                 times = int(named[self.rows["code"] == number].sum())
-                if times and not (self.failure is not None and code in _LATE):
+                if times and not (self.failure is not None and code in _LATE) and code not in OWN_CODES:
                     self.counts[code] += times
         reserved = self.slots.entry & _L1_RESERVED != 0
         self._tell("L1_ENTRY_RESERVED_BITS", int(self.slots.views[reserved].sum()))
@@ -158,7 +158,7 @@ class Check:
         for one in self.structures:
             region = one.region if isinstance(one, L1Table | BitmapTable) else one
             if isinstance(region, Region):
-                if self._counts(region):
+                if self.is_counted(region):
                     offsets.append(region.offset)
                     sizes.append(region.size)
                 elif region.size > 0:
@@ -177,7 +177,7 @@ class Check:
             for counts in (self.total, self.metadata, self.structural):
                 counts.add_runs(clusters, np.ones_like(clusters), times)
 
-    def _counts(self, region: Region) -> bool:
+    def is_counted(self, region: Region) -> bool:
         """Whether a region is counted: QEMU takes sizes for signed, and nothing far past the end."""
         return 0 < region.size < 1 << 63 and not self.layout.past_end(region.offset, region.size)
 
@@ -430,7 +430,7 @@ class Check:
             yield from self._below(one)
 
     def _region_events(self, region: Region, view: int = -1, l1_index: int = -1) -> Iterator[Event]:
-        if self._counts(region):
+        if self.is_counted(region):
             bits = self.header.cluster_bits
             yield from self._overflowing(region.offset >> bits, region.offset + region.size - 1 >> bits)
         elif region.size > 0:

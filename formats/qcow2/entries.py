@@ -274,10 +274,7 @@ class Walk:
             self._compare_offsets(entries, offset)
         else:
             self._claim(entries, offset, header.cluster_size, plain=True)
-            cut = (offset + header.cluster_size > self.layout.source.size) & (offset < self.layout.end)
-            if cut.any():
-                some = entries.pick(cut)
-                self._note("DATA_TRUNCATED", some, some.word & _OFFSET)
+            self._note_truncated(entries, offset)
         self._compare_flags(entries, offset)
 
     def _note_unaligned(self, entries: Entries) -> None:
@@ -288,6 +285,20 @@ class Walk:
         for code, which in (("DATA_UNALIGNED", data), ("PREALLOCATED_UNALIGNED", ~data)):
             some = entries.pick(which)
             self._note(code, some, some.word & _OFFSET)
+
+    def _note_truncated(self, entries: Entries, offset: Numbers) -> None:
+        """Data that the file's end cuts; the part of a cluster that was never written may be missing."""
+        size = self.layout.header.cluster_size
+        cut = (offset + size > self.layout.source.size) & (offset < self.layout.end) & ~entries.zero
+        if not cut.any():
+            return
+        some, needed = entries.pick(cut), np.full(int(cut.sum()), size)
+        if some.bitmap is not None:
+            present = schema.EXTENDED_L2_COLUMNS["allocated_bitmap"].of(some.bitmap)
+            written = np.ceil(np.log2(present.astype(np.float64) + 1)).astype(np.int64)  # the last subcluster's end
+            needed = written * (size // schema.SUBCLUSTERS)
+        some = some.pick(some.offset + needed > self.layout.source.size)
+        self._note("DATA_TRUNCATED", some, some.word & _OFFSET)
 
     def _count_fragments(self, entries: Entries, offset: Numbers) -> None:
         """Statistics of the active image: a cluster that does not follow the one before it in its table."""
