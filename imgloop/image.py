@@ -354,7 +354,7 @@ class Image:
         """What `qemu-img info --output json` says of the top layer."""
         from imgloop.info import layer_info
 
-        return layer_info(self.layers[0])
+        return layer_info(self.layers[0].driver, self.layers[0].node)
 
 
 def _unit(layer: Layer) -> int:
