@@ -20,9 +20,7 @@ CHUNK = 1 << 16  # bytes dumped at a time
 @click.command()
 @image_options
 @click.option("-l", "--snapshot", metavar="SNAPSHOT", help="Read an internal snapshot, by id or name.")
-@click.option(
-    "--offset", type=Size("offset"), default=0, help="Where to start: bytes, 4k, 1M, 8s (sectors)."
-)
+@click.option("--offset", type=Size("offset"), default=0, help="Where to start: bytes, 4k, 1M, 8s (sectors).")
 @click.option("--length", type=Size("length"), help="How much to read; without it, to the end.")
 @click.option("-o", "--out", metavar="OUT", help="Write to this file instead of stdout.")
 @click.option("-x", "--hex", "hexadecimal", is_flag=True, help="A hex dump with guest offsets.")
