@@ -61,12 +61,12 @@ def _fold(template: bytes, columns: list[NDArray[np.int64]], constant: list[bool
 
 def _digits(values: NDArray[np.int64]) -> list[NDArray[np.uint32]]:
     """The decimal digits of each value, four to a word, the highest word first, PAD in front."""
-    words = []
+    words: list[NDArray[np.uint32]] = []
     largest = int(values.max(initial=0))
     while True:
         rest = values // CHUNK
         index = values - rest * CHUNK
-        if largest < CHUNK or int(rest.min()) == 0:
+        if largest < CHUNK or int(rest.min()) <= 0:
             # the leading chunk has no zeros in front; chunks before that are empty, but for the last of a 0
             index[rest == 0] += CHUNK * (1 if words else 2)
         words.append(_chunks()[index])
