@@ -125,7 +125,7 @@ def coalesce(extents: Extents, *, streams: bool = False) -> Extents:
 
 
 def split_holes(extents: Extents, file: Source) -> Extents:
-    """DATA that lies in holes of `file`, or past its end, as HOLE with the same offset."""
+    """DATA that lies in holes of `file`, or past its end, as HOLE with the same offset; in place if may be."""
     data = extents["kind"] == Kind.DATA
     if not data.any():
         return extents
@@ -143,7 +143,7 @@ def split_holes(extents: Extents, file: Source) -> Extents:
         _trim_front(result, start)
         result["length"] = np.diff(start, append=end_of(extents))
     else:
-        result = extents.copy()
+        result = extents
     # an even number of edges before a piece: it lies in a hole
     result["kind"][(result["kind"] == Kind.DATA) & (first % 2 == 0)] = Kind.HOLE
     return result

@@ -29,7 +29,8 @@ class Answer:
 
 def call(*args: str | Path, cwd: Path | None = None) -> Answer:
     """Run `imgloop ARGS` in `cwd`; what goes to file descriptors directly is not seen."""
-    out, err = io.StringIO(), io.StringIO()
+    written, err = io.BytesIO(), io.StringIO()
+    out = io.TextIOWrapper(written, encoding="utf-8", write_through=True)
     before = Path.cwd()
     try:
         os.chdir(cwd or before)
@@ -37,4 +38,4 @@ def call(*args: str | Path, cwd: Path | None = None) -> Answer:
             rc = run([str(arg) for arg in args])
     finally:
         os.chdir(before)
-    return Answer(rc, out.getvalue(), err.getvalue())
+    return Answer(rc, written.getvalue().decode(), err.getvalue())

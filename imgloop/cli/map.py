@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MIXED = "File contains external, encrypted or compressed clusters."
 ROWS = 4096  # put into text at a time: what fits into memory that the process already has
 NO_ROW = (
-    '{ "start": %d, "length": 0, "depth": 0, "present": false, "zero": false, "data": false, "compressed": false}'
+    b'{ "start": %d, "length": 0, "depth": 0, "present": false, "zero": false, "data": false, "compressed": false}'
 )
 
 
@@ -47,15 +47,17 @@ def map(
     with imgloop.open(file, format, gate=gate, image_opts=image_opts) as image:
         warn(image.warnings)
         if output == "json":
-            _print_json(image, start_offset, max_length, sys.stdout)
+            _print_json(image, start_offset, max_length)
         else:
             _print_table(image, start_offset, max_length, sys.stdout)
 
 
-def _print_json(image: Image, start: int, length: int | None, stdout: IO[str]) -> None:
+def _print_json(image: Image, start: int, length: int | None) -> None:
     from imgloop.map import guest_map
 
-    stdout.write("[")
+    sys.stdout.flush()
+    stdout = sys.stdout.buffer
+    stdout.write(b"[")
     first = True
     try:
         for table in guest_map(image, start, length):
@@ -65,10 +67,10 @@ def _print_json(image: Image, start: int, length: int | None, stdout: IO[str]) -
         if first:  # nothing to map: QEMU says so in an entry of its own
             stdout.write(NO_ROW % start)
     finally:
-        stdout.write("]\n")  # valid JSON up to the damage, if there is any
+        stdout.write(b"]\n")  # valid JSON up to the damage, if there is any
 
 
-def _rows(table: Extents) -> str:
+def _rows(table: Extents) -> bytearray:
     """The JSON of a table's extents, each behind a comma and a line break; there may be millions."""
     from imgloop.cli.rows import render
     from imgloop.formats.extents import Kind

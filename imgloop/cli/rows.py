@@ -11,13 +11,15 @@ PAD = b"\0"  # fills what a row does not need, and is taken out in the end: no o
 CHUNK = 10_000  # four digits, four bytes: one 32-bit word at a time
 
 
-def render(templates: list[bytes], chosen: NDArray[np.intp], columns: list[NDArray[np.int64]]) -> str:
+def render(templates: list[bytes], chosen: NDArray[np.intp], columns: list[NDArray[np.int64]]) -> bytearray:
     """One row of ASCII text for each number in `chosen`: that template, its fields filled from `columns`.
 
     The n-th `%` of a template takes the row's value of the n-th column, a number not below 0. Templates
     with fewer fields leave the last columns out.
     """
-    constant = [len(column) > 0 and bool((column == column[0]).all()) for column in columns]
+    if not len(chosen):
+        return bytearray()
+    constant = [bool((column == column[0]).all()) for column in columns]
     texts = [_fold(template, columns, constant) for template in templates]
     columns = [column for column, same in zip(columns, constant, strict=True) if not same]
     digits = [_digits(column) for column in columns]
@@ -44,7 +46,7 @@ def render(templates: list[bytes], chosen: NDArray[np.intp], columns: list[NDArr
                 word[absent] = 0
             rows[:, place] = word
             place += 1
-    return buffer.translate(None, PAD).decode("ascii")
+    return buffer.translate(None, PAD)
 
 
 def _fold(template: bytes, columns: list[NDArray[np.int64]], constant: list[bool]) -> list[bytes]:
