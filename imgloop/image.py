@@ -7,6 +7,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 from imgloop import names
@@ -28,10 +29,13 @@ from imgloop.limits import DEFAULT, Limits
 from imgloop.names import Node
 
 if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
     from imgloop.formats.extents import Extents
 
 # Kinds as plain integers: formats.extents needs numpy, which opening an image does not.
 _DATA, _COMPRESSED, _ENCRYPTED, _INVALID = 2, 3, 4, 5
+MAX_THREADS = 8
 WINDOW_UNITS = 2048  # clusters or subclusters whose extents are kept together
 
 
@@ -229,6 +233,8 @@ class Image:
 
     def close(self) -> None:
         """Close every file of the chain."""
+        if "_threads" in self.__dict__:
+            self._threads.shutdown()
         for layer in self.layers:
             layer.driver.close()
 
@@ -306,6 +312,7 @@ class Image:
         view = memoryview(buffer).cast("B")
         self._check_range(len(view), offset)
         done, length = 0, len(view)
+        streams = []  # what has to be decoded, which threads can share
         while done < length:
             position = offset + done
             number = position >> self._window_bits
@@ -313,9 +320,17 @@ class Image:
             at = bisect_right(window.starts, position) - 1
             while done < length and at < len(window.kinds):
                 take = min(length - done, window.ends[at] - offset - done)
-                self._fill(view[done : done + take], window, at, offset + done)
+                task = (view[done : done + take], window, at, offset + done)
+                if window.kinds[at] == _COMPRESSED:
+                    streams.append(task)
+                else:
+                    self._fill(*task)
                 done += take
                 at += 1
+        if len(streams) > 1:
+            list(self._threads.map(lambda task: self._fill(*task), streams))
+        elif streams:
+            self._fill(*streams[0])
 
     def _fill(self, part: memoryview, window: _Window, at: int, position: int) -> None:
         """Fill `part` with guest bytes from `position` on, all within extent `at` of the window."""
@@ -341,6 +356,13 @@ class Image:
             cluster = self.layers[depth].driver.decode(offset, stored)
             self._clusters.put(key, cluster, len(cluster))
         return cluster
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        """Threads that decode: the libraries let go of the interpreter while they do."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        return ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS), "imgloop-decode")
 
     def _load_window(self, number: int) -> _Window:
         start = number << self._window_bits

@@ -8,12 +8,15 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from imgloop.formats.errors import ImageError, Where
+from imgloop.formats.source import Source
 from imgloop.image import Image
 
 BUFFER = 1 << 20  # bytes read and written at a time
+OFFLOAD = 1 << 26  # bytes copied at a time within the kernel
 Progress = Callable[[int], None]  # is told how many bytes more are done
 
 
@@ -69,26 +72,79 @@ def copy_range(
     target = os.fstat(fd)
     sparse = stat.S_ISREG(target.st_mode) and not target.st_size and not _appends(fd)
     padded = -(-length // pad) * pad
-    buffer = memoryview(bytearray(min(BUFFER, max(length, 1))))
     position = start
-    for first, end in _filled(image, start, length):
+    for piece in _pieces(image, start, length):
         if sparse:
-            os.lseek(fd, first - start, os.SEEK_SET)
+            os.lseek(fd, piece.first - start, os.SEEK_SET)
         else:
-            _write_zeros(fd, first - position)
-        progress(first - position)
-        position = first
-        while position < end:
-            part = buffer[: end - position]
-            image.readinto(part, position)
-            _write_all(fd, part)
-            progress(len(part))
-            position += len(part)
+            _write_zeros(fd, piece.first - position)
+        progress(piece.first - position)
+        _copy_piece(image, piece, fd, sparse=sparse, progress=progress)
+        position = piece.end
     if sparse:
         os.ftruncate(fd, padded)
     else:
         _write_zeros(fd, start + padded - position)
     progress(start + length - position)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Guest range [first, end), and the host file that holds just these bytes at `offset`, if one does."""
+
+    first: int
+    end: int
+    source: Source | None
+    offset: int
+
+
+def _pieces(image: Image, start: int, length: int) -> Iterator[_Piece]:
+    """What the image does not call zero: each extent of plain data, and runs of all other extents."""
+    import numpy as np
+
+    from imgloop.formats.extents import Kind
+
+    for table in image.iter_extents(start, length):
+        kinds = table["kind"]
+        changes = (kinds[1:] != kinds[:-1]) | (kinds[1:] == Kind.DATA)
+        firsts = table[np.concatenate(([True], changes))]
+        ends = [*firsts["start"][1:].tolist(), int(table["start"][-1] + table["length"][-1])]
+        rows = zip(*(firsts[name].tolist() for name in ("start", "kind", "file", "offset")), ends, strict=True)
+        for first, kind, file, offset, end in rows:
+            if kind == Kind.DATA:
+                yield _Piece(first, end, image.files[file], offset)
+            elif kind not in (Kind.UNALLOCATED, Kind.ZERO):
+                yield _Piece(first, end, None, 0)
+
+
+def _copy_piece(image: Image, piece: _Piece, fd: int, *, sparse: bool, progress: Progress) -> None:
+    """Write one piece at the place where `fd` stands: within the kernel where it can, else through a buffer."""
+    position = piece.first
+    if piece.source is not None and sparse:
+        for count in _offload(piece.source, piece.offset, piece.end - position, fd):
+            position += count
+            progress(count)
+    buffer = memoryview(bytearray(min(BUFFER, piece.end - position)))
+    while position < piece.end:
+        part = buffer[: piece.end - position]
+        image.readinto(part, position)
+        _write_all(fd, part)
+        progress(len(part))
+        position += len(part)
+
+
+def _offload(source: Source, offset: int, length: int, fd: int) -> Iterator[int]:
+    """Copy within the kernel, which may share blocks instead; the bytes done each time. May end early."""
+    while length > 0:
+        try:
+            count = os.copy_file_range(source.fd, fd, min(length, OFFLOAD), offset)
+        except OSError:  # not between these two, or not here: the buffer finds out whether reading fails
+            return
+        if count == 0:  # the end of the source
+            return
+        yield count
+        offset += count
+        length -= count
 
 
 def _appends(fd: int) -> bool:
