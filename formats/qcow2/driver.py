@@ -181,13 +181,23 @@ class Qcow2(Driver):
         if self.data_file_name is not None:
             data["data-file"] = self.data_file_name
         if self.encryption:
-            data["encrypt"] = {"format": self.encryption}
+            data["encrypt"] = self._encryption_info()
         if modern:
             if header.has_data_file:
                 data["data-file-raw"] = bool(header.autoclear_features & schema.RAW_DATA)
             data["corrupt"] = bool(header.incompatible_features & schema.CORRUPT)
             data["extended-l2"] = header.extended_l2
         return data
+
+    def _encryption_info(self) -> dict[str, Any]:
+        """How the image is encrypted: for LUKS, what its header says."""
+        found = last_extension(self.extensions, schema.FULL_DISK_ENCRYPTION)
+        if self.encryption != "luks" or found is None:
+            return {"format": self.encryption}
+        from imgloop.formats.luks.header import info, read_header
+
+        pointer = schema.record(schema.EncryptionPointer, found.data)
+        return info(read_header(self.source, pointer["offset"], pointer["length"]))
 
     @property
     def dirty(self) -> bool:

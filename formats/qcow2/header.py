@@ -14,6 +14,7 @@ from imgloop.formats.driver import SECTOR
 from imgloop.formats.errors import FormatError, Where
 from imgloop.formats.qcow2 import schema
 from imgloop.formats.source import MAX_OFFSET, Source
+from imgloop.formats.structures import c_string as c_string
 
 MAX_L1_ENTRIES = 4194304  # a table of 32 MiB, active or of a snapshot
 MAX_REFCOUNT_TABLE = 8 << 20  # bytes
@@ -115,11 +116,6 @@ class Extension:
     def text(self) -> str:
         """The data as the C string that QEMU takes it for."""
         return c_string(self.data)
-
-
-def c_string(data: bytes) -> str:
-    """Bytes up to the first NUL, as a file name (undecodable bytes survive the round trip)."""
-    return data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
 
 
 def read_header(source: Source) -> Header:
@@ -301,11 +297,23 @@ def extension_problems(source: Source, header: Header) -> Iterator[FormatError]:
     extensions, overflow = read_extensions(source, header)
     for extension in extensions:
         judge = _EXTENSION_JUDGES.get(extension.type)
+        sound = True
         for message in judge(header, extension) if judge else ():
+            sound = False
             where = Where(source.name, extension.offset, f"header extension '{extension.name}'")
             yield FormatError(message, where)
+        if sound and extension.type == schema.FULL_DISK_ENCRYPTION:
+            yield from _luks_problems(source, extension)
     if overflow is not None:
         yield FormatError("Header extension too large", Where(source.name, overflow, "header extension"))
+
+
+def _luks_problems(source: Source, extension: Extension) -> Iterator[FormatError]:
+    """What is wrong with the LUKS header that the extension points to: QEMU opens it on the spot."""
+    from imgloop.formats.luks.header import problems as luks_problems
+
+    pointer = schema.record(schema.EncryptionPointer, extension.data)
+    yield from luks_problems(source, pointer["offset"], pointer["length"])
 
 
 def _judge_backing_format(header: Header, extension: Extension) -> Iterator[str]:
