@@ -13,7 +13,15 @@ from imgloop import names
 from imgloop.cache import Cache
 from imgloop.formats import open_driver
 from imgloop.formats.driver import SECTOR, Driver, Purpose
-from imgloop.formats.errors import ImageError, OpenError, OutOfRangeError, ReadError, UsageError, Where
+from imgloop.formats.errors import (
+    FormatError,
+    ImageError,
+    OpenError,
+    OutOfRangeError,
+    ReadError,
+    UsageError,
+    Where,
+)
 from imgloop.formats.source import Source
 from imgloop.gate import Gate
 from imgloop.limits import DEFAULT, Limits
@@ -51,8 +59,9 @@ def open(
     """Open an image for reading, with its whole backing chain.
 
     `path` is a file name, or QEMU's `file:…` or `json:{…}`; with `image_opts` a `key=value,…` string. `format`
-    is the driver's name ("qcow2", "raw"); None probes. `snapshot` is the id or the name of an internal
-    snapshot. `gate` says which of the files that the image names may be opened; without one, regular files in
+    is the driver's name ("qcow2", "raw"); None probes. `snapshot` is the id, else the name, of an internal
+    snapshot, or `snapshot.id=…,snapshot.name=…`; the image then has the size that the disk had. `gate` says
+    which of the files that the image names may be opened; without one, regular files in
     its own directory and below. Raises OpenError, in QEMU's words, and GateError.
     """
     layers: list[Layer] = []
@@ -60,11 +69,7 @@ def open(
         for layer in open_layers(path, format, gate=gate, image_opts=image_opts, limits=limits):
             layers.append(layer)
         if snapshot is not None:
-            top = layers[0]
-            try:
-                layers[0] = replace(top, driver=top.driver.snapshot(snapshot))
-            except OpenError as error:
-                raise error.within(f"Could not open '{top.node.text}'") from error
+            layers[0] = _at_snapshot(layers[0], snapshot)
     except BaseException:
         for layer in layers:
             layer.driver.close()
@@ -138,6 +143,21 @@ def _parse(text: str, format: str | None, image_opts: bool) -> Node:
     if image_opts and format:
         raise UsageError("--image-opts and --format are mutually exclusive")
     return names.parse_options(text) if image_opts else names.parse(text, format)
+
+
+def _at_snapshot(layer: Layer, wanted: str) -> Layer:
+    """The layer as it was at a snapshot; an id goes before a name, as for `qemu-img convert -l`."""
+    try:
+        if wanted.startswith("snapshot."):
+            return replace(layer, driver=layer.driver.snapshot(**names.parse_snapshot(wanted)))
+        try:
+            return replace(layer, driver=layer.driver.snapshot(id=wanted))
+        except FormatError:
+            raise
+        except OpenError:
+            return replace(layer, driver=layer.driver.snapshot(name=wanted))
+    except OpenError as error:
+        raise error.within(f"Could not open '{layer.node.text}'") from error
 
 
 def _backing_of(layer: Layer) -> tuple[Node | None, str | None]:
@@ -374,7 +394,7 @@ class Image:
         """What `qemu-img info --output json` says of the top layer."""
         from imgloop.info import layer_info
 
-        return layer_info(self.layers[0])
+        return layer_info(self.layers[0].driver, self.layers[0].node)
 
 
 def _unit(layer: Layer) -> int:

@@ -150,9 +150,9 @@ class Qcow2(Driver):
             raise CorruptError(f"Image is corrupt: {error}", where) from error
         return data
 
-    def snapshot(self, wanted: str) -> Qcow2:
-        """The layer as it was at the snapshot of that id, or name; see `Driver.snapshot`."""
-        found = find_snapshot(self.snapshots, wanted)
+    def snapshot(self, id: str | None = None, name: str | None = None) -> Qcow2:
+        """The layer as it was at a snapshot; see `Driver.snapshot`. Its size is that of the disk then."""
+        found = find_snapshot(self.snapshots, id, name)
         check_l1(self.source, self.header, found)
         view = Qcow2.__new__(Qcow2)
         view.__dict__.update(self.__dict__)

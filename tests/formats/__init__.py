@@ -1,1 +1,1 @@
-"""Tests of the formats, one folder a room."""
+"""Tests of formats."""

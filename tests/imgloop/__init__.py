@@ -1,1 +1,1 @@
-"""Tests of what people do with images."""
+"""Tests of imgloop."""

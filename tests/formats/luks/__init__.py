@@ -1,1 +1,1 @@
-"""Tests of the LUKS header."""
+"""Tests of formats/luks."""

@@ -1,1 +1,1 @@
-"""Tests of the qcow2 room."""
+"""Tests of formats/qcow2."""
