@@ -99,9 +99,7 @@ def open_layers(
     text = os.fspath(path)
     gate = gate or Gate()
     try:
-        if image_opts and format:
-            raise UsageError("--image-opts and --format are mutually exclusive")
-        top = names.parse_options(text) if image_opts else names.parse(text, format)
+        top = _parse(text, format, image_opts)
         layer = _open_layer(top, None, gate, purpose, top)
     except OpenError as error:
         raise error.within(f"Could not open '{text}'") from error
@@ -127,6 +125,28 @@ def open_layers(
         except OpenError as error:
             raise error.within(prefix) from error
         seen.add(layer.driver.source.identity)
+
+
+def open_bare(
+    path: str | os.PathLike[str], format: str | None = None, *, gate: Gate | None = None, image_opts: bool = False
+) -> tuple[Source, Node]:
+    """Open nothing but the file of the image itself, unread, for who looks at its bytes; the caller closes it.
+
+    Parameters and errors as `open`. The node says under which name and format it was asked for.
+    """
+    text = os.fspath(path)
+    try:
+        node = _parse(text, format, image_opts)
+        return (gate or Gate()).open_top(node.filename), node
+    except OpenError as error:
+        raise error.within(f"Could not open '{text}'") from error
+
+
+def _parse(text: str, format: str | None, image_opts: bool) -> Node:
+    """The node that a person asks for."""
+    if image_opts and format:
+        raise UsageError("--image-opts and --format are mutually exclusive")
+    return names.parse_options(text) if image_opts else names.parse(text, format)
 
 
 def _at_snapshot(layer: Layer, wanted: str) -> Layer:
