@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
 
-from imgloop.formats.errors import CorruptError, ReadOnlyError, Where
+from imgloop.formats.errors import CorruptError, OpenError, ReadOnlyError, Where
 from imgloop.formats.source import Source
 
 if TYPE_CHECKING:
@@ -65,10 +65,11 @@ class Driver(ABC):
         """Why the extent at guest offset `start` is INVALID."""
         raise ValueError(f"{self.format} has no invalid extents")
 
-    def snapshot(self, wanted: str) -> Driver:
-        """The layer as it was at an internal snapshot, by id or name; OpenError where there is none."""
-        from imgloop.formats.errors import OpenError
+    def snapshot(self, id: str | None = None, name: str | None = None) -> Driver:
+        """The layer as it was at the internal snapshot of that id, that name, or both.
 
+        Raises OpenError where there is none. The view shares its files with this driver.
+        """
         raise OpenError(f"Failed to load snapshot: {self.format} has no internal snapshots")
 
     def info(self) -> dict[str, Any]:

@@ -66,10 +66,12 @@ def clip(extents: Extents, start: int, end: int) -> Extents:
     """The part of a table within [start, end)."""
     first = int(np.searchsorted(extents["start"], start, side="right")) - 1
     last = int(np.searchsorted(extents["start"], end, side="left"))
-    part = extents[max(first, 0) : last].copy()
-    if len(part):
-        _trim_front(part[:1], start)
-        part["length"][-1] = min(end_of(part), end) - part["start"][-1]
+    part = extents[max(first, 0) : last]
+    if not len(part) or (part["start"][0] >= start and end_of(part) <= end):
+        return part
+    part = part.copy()
+    _trim_front(part[:1], start)
+    part["length"][-1] = min(end_of(part), end) - part["start"][-1]
     return part
 
 
@@ -114,6 +116,8 @@ def coalesce(extents: Extents, *, streams: bool = False) -> Extents:
     compressed = a["kind"] == Kind.COMPRESSED
     follows = b["offset"] == np.where(a["offset"] >= 0, a["offset"] + a["length"], NO_OFFSET)
     joined &= np.where(compressed, streams, follows)
+    if not joined.any():
+        return extents
     firsts = np.flatnonzero(np.concatenate(([True], ~joined)))
     result = extents[firsts]
     result["length"] = np.diff(result["start"], append=end_of(extents))
@@ -121,24 +125,25 @@ def coalesce(extents: Extents, *, streams: bool = False) -> Extents:
 
 
 def split_holes(extents: Extents, file: Source) -> Extents:
-    """DATA that lies in holes of `file`, or past its end, as HOLE with the same offset."""
-    data = extents[extents["kind"] == Kind.DATA]
-    if not len(data):
+    """DATA that lies in holes of `file`, or past its end, as HOLE with the same offset; in place if may be."""
+    data = extents["kind"] == Kind.DATA
+    if not data.any():
         return extents
-    low = int(data["offset"].min())
-    high = int((data["offset"] + data["length"]).max())
-    edges = np.array(list(file.data_ranges(low, high)), dtype=np.int64).ravel()  # data starts, ends, ...
-    first = np.searchsorted(edges, extents["offset"], side="right")
-    last = np.searchsorted(edges, extents["offset"] + extents["length"], side="left")
-    cuts = np.where(extents["kind"] == Kind.DATA, np.maximum(last - first, 0), 0)
-    pieces = cuts + 1
-    result = np.repeat(extents, pieces)
-    number = np.arange(len(result)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    edge = np.repeat(first, pieces) + number - 1  # index of the edge where a later piece starts
-    inner = number > 0
-    start = result["start"].copy()
-    start[inner] += edges[edge[inner]] - result["offset"][inner]
-    _trim_front(result, start)
-    result["length"] = np.diff(start, append=end_of(extents))
-    result["kind"][(result["kind"] == Kind.DATA) & (edge % 2 == 1)] = Kind.HOLE
-    return coalesce(result)
+    offset, reach = extents["offset"], extents["offset"] + extents["length"]
+    ranges = list(file.data_ranges(int(offset[data].min()), int(reach[data].max())))
+    edges = np.array(ranges, dtype=np.int64).ravel()  # data starts, ends, starts, ...
+    first = np.searchsorted(edges, offset, side="right")  # of the edges after the extent's start
+    cuts = np.where(data, np.searchsorted(edges, reach, side="left") - first, 0)
+    if cuts.any():
+        pieces = cuts + 1
+        number = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        result = np.repeat(extents, pieces)
+        first = np.repeat(first, pieces) + number
+        start = result["start"] + np.where(number > 0, edges[first - 1] - result["offset"], 0)
+        _trim_front(result, start)
+        result["length"] = np.diff(start, append=end_of(extents))
+    else:
+        result = extents
+    # an even number of edges before a piece: it lies in a hole
+    result["kind"][(result["kind"] == Kind.DATA) & (first % 2 == 0)] = Kind.HOLE
+    return result

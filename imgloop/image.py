@@ -7,23 +7,35 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 from imgloop import names
 from imgloop.cache import Cache
 from imgloop.formats import open_driver
 from imgloop.formats.driver import SECTOR, Driver, Purpose
-from imgloop.formats.errors import ImageError, OpenError, OutOfRangeError, ReadError, UsageError, Where
+from imgloop.formats.errors import (
+    FormatError,
+    ImageError,
+    OpenError,
+    OutOfRangeError,
+    ReadError,
+    UsageError,
+    Where,
+)
 from imgloop.formats.source import Source
 from imgloop.gate import Gate
 from imgloop.limits import DEFAULT, Limits
 from imgloop.names import Node
 
 if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
     from imgloop.formats.extents import Extents
 
 # Kinds as plain integers: formats.extents needs numpy, which opening an image does not.
 _DATA, _COMPRESSED, _ENCRYPTED, _INVALID = 2, 3, 4, 5
+MAX_THREADS = 8
 WINDOW_UNITS = 2048  # clusters or subclusters whose extents are kept together
 
 
@@ -51,8 +63,9 @@ def open(
     """Open an image for reading, with its whole backing chain.
 
     `path` is a file name, or QEMU's `file:…` or `json:{…}`; with `image_opts` a `key=value,…` string. `format`
-    is the driver's name ("qcow2", "raw"); None probes. `snapshot` is the id or the name of an internal
-    snapshot. `gate` says which of the files that the image names may be opened; without one, regular files in
+    is the driver's name ("qcow2", "raw"); None probes. `snapshot` is the id, else the name, of an internal
+    snapshot, or `snapshot.id=…,snapshot.name=…`; the image then has the size that the disk had. `gate` says
+    which of the files that the image names may be opened; without one, regular files in
     its own directory and below. Raises OpenError, in QEMU's words, and GateError.
     """
     layers: list[Layer] = []
@@ -60,11 +73,7 @@ def open(
         for layer in open_layers(path, format, gate=gate, image_opts=image_opts, limits=limits):
             layers.append(layer)
         if snapshot is not None:
-            top = layers[0]
-            try:
-                layers[0] = replace(top, driver=top.driver.snapshot(snapshot))
-            except OpenError as error:
-                raise error.within(f"Could not open '{top.node.text}'") from error
+            layers[0] = _at_snapshot(layers[0], snapshot)
     except BaseException:
         for layer in layers:
             layer.driver.close()
@@ -90,9 +99,7 @@ def open_layers(
     text = os.fspath(path)
     gate = gate or Gate()
     try:
-        if image_opts and format:
-            raise UsageError("--image-opts and --format are mutually exclusive")
-        top = names.parse_options(text) if image_opts else names.parse(text, format)
+        top = _parse(text, format, image_opts)
         layer = _open_layer(top, None, gate, purpose, top)
     except OpenError as error:
         raise error.within(f"Could not open '{text}'") from error
@@ -118,6 +125,43 @@ def open_layers(
         except OpenError as error:
             raise error.within(prefix) from error
         seen.add(layer.driver.source.identity)
+
+
+def open_bare(
+    path: str | os.PathLike[str], format: str | None = None, *, gate: Gate | None = None, image_opts: bool = False
+) -> tuple[Source, Node]:
+    """Open nothing but the file of the image itself, unread, for who looks at its bytes; the caller closes it.
+
+    Parameters and errors as `open`. The node says under which name and format it was asked for.
+    """
+    text = os.fspath(path)
+    try:
+        node = _parse(text, format, image_opts)
+        return (gate or Gate()).open_top(node.filename), node
+    except OpenError as error:
+        raise error.within(f"Could not open '{text}'") from error
+
+
+def _parse(text: str, format: str | None, image_opts: bool) -> Node:
+    """The node that a person asks for."""
+    if image_opts and format:
+        raise UsageError("--image-opts and --format are mutually exclusive")
+    return names.parse_options(text) if image_opts else names.parse(text, format)
+
+
+def _at_snapshot(layer: Layer, wanted: str) -> Layer:
+    """The layer as it was at a snapshot; an id goes before a name, as for `qemu-img convert -l`."""
+    try:
+        if wanted.startswith("snapshot."):
+            return replace(layer, driver=layer.driver.snapshot(**names.parse_snapshot(wanted)))
+        try:
+            return replace(layer, driver=layer.driver.snapshot(id=wanted))
+        except FormatError:
+            raise
+        except OpenError:
+            return replace(layer, driver=layer.driver.snapshot(name=wanted))
+    except OpenError as error:
+        raise error.within(f"Could not open '{layer.node.text}'") from error
 
 
 def _backing_of(layer: Layer) -> tuple[Node | None, str | None]:
@@ -209,6 +253,8 @@ class Image:
 
     def close(self) -> None:
         """Close every file of the chain."""
+        if "_threads" in self.__dict__:
+            self._threads.shutdown()
         for layer in self.layers:
             layer.driver.close()
 
@@ -286,6 +332,7 @@ class Image:
         view = memoryview(buffer).cast("B")
         self._check_range(len(view), offset)
         done, length = 0, len(view)
+        streams = []  # what has to be decoded, which threads can share
         while done < length:
             position = offset + done
             number = position >> self._window_bits
@@ -293,9 +340,17 @@ class Image:
             at = bisect_right(window.starts, position) - 1
             while done < length and at < len(window.kinds):
                 take = min(length - done, window.ends[at] - offset - done)
-                self._fill(view[done : done + take], window, at, offset + done)
+                task = (view[done : done + take], window, at, offset + done)
+                if window.kinds[at] == _COMPRESSED:
+                    streams.append(task)
+                else:
+                    self._fill(*task)
                 done += take
                 at += 1
+        if len(streams) > 1:
+            list(self._threads.map(lambda task: self._fill(*task), streams))
+        elif streams:
+            self._fill(*streams[0])
 
     def _fill(self, part: memoryview, window: _Window, at: int, position: int) -> None:
         """Fill `part` with guest bytes from `position` on, all within extent `at` of the window."""
@@ -321,6 +376,13 @@ class Image:
             cluster = self.layers[depth].driver.decode(offset, stored)
             self._clusters.put(key, cluster, len(cluster))
         return cluster
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        """Threads that decode: the libraries let go of the interpreter while they do."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        return ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS), "imgloop-decode")
 
     def _load_window(self, number: int) -> _Window:
         start = number << self._window_bits
@@ -354,7 +416,7 @@ class Image:
         """What `qemu-img info --output json` says of the top layer."""
         from imgloop.info import layer_info
 
-        return layer_info(self.layers[0])
+        return layer_info(self.layers[0].driver, self.layers[0].node)
 
 
 def _unit(layer: Layer) -> int:

@@ -5,18 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from imgloop import names
-from imgloop.formats.driver import SECTOR
+from imgloop.formats.driver import SECTOR, Driver
 from imgloop.formats.qcow2.driver import Qcow2
 from imgloop.formats.qcow2.snapshots import Snapshot
 from imgloop.formats.source import Source
-from imgloop.image import Layer
+from imgloop.names import Node
 
 SECOND = 10**9  # nanoseconds
 
 
-def layer_info(layer: Layer) -> dict[str, Any]:
-    """One layer: QEMU's `ImageInfo`, with the keys that it leaves out left out."""
-    driver, node = layer.driver, layer.node
+def layer_info(driver: Driver, node: Node) -> dict[str, Any]:
+    """One layer, opened as `node`: QEMU's `ImageInfo`, with the keys that it leaves out left out."""
     info: dict[str, Any] = {
         "children": [{"name": "file", "info": file_info(driver.source)}],
         "virtual-size": driver.size,

@@ -22,7 +22,7 @@ class Limits:
 
     chain_depth: int = 200  # layers of a backing chain
     table_cache: int = 48 * MIB  # extents of recently read parts of the guest
-    cluster_cache: int = 32 * MIB  # decoded compressed clusters
+    cluster_cache: int = 64 * MIB  # decoded compressed clusters
 
 
 DEFAULT = Limits()

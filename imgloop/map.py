@@ -24,9 +24,13 @@ def guest_map(image: Image, start: int = 0, length: int | None = None) -> Iterat
     for table in image.iter_extents(start, end - start, holes=True):
         table["offset"][table["kind"] == Kind.COMPRESSED] = NO_OFFSET
         table["stored"] = 0
-        if pending is not None:
-            table = np.concatenate((pending, table))
         table = coalesce(table, streams=True)
+        if pending is not None:
+            seam = coalesce(np.concatenate((pending, table[:1])), streams=True)
+            if len(seam) == 1:
+                table[:1] = seam
+            else:
+                yield pending
         unreadable = np.flatnonzero(table["kind"] == Kind.INVALID)
         if len(unreadable):
             row = table[unreadable[0]]

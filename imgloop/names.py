@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -55,13 +56,26 @@ def parse(text: str, format: str | None = None) -> Node:
 
 def parse_options(text: str) -> Node:
     """The node that an --image-opts string (`key=value,…`; a comma in a value is doubled) stands for."""
-    options: dict[str, Any] = {}
+    return _from_options(text, _nested(dict(_key_values(text))))
+
+
+def _key_values(text: str) -> Iterator[tuple[str, str]]:
+    """The pairs of `key=value,…`; a comma in a value is doubled."""
     for part in re.findall(r"(?:[^,]|,,)+", text):
         key, equals, value = part.replace(",,", ",").partition("=")
         if not equals:
             raise OpenError(f"Cannot find device='{part}' nor node-name='{part}'")
-        options[key] = value
-    return _from_options(text, _nested(options))
+        yield key, value
+
+
+def parse_snapshot(text: str) -> dict[str, str]:
+    """`snapshot.id=…,snapshot.name=…` (a comma in a value is doubled) as `id` and `name`."""
+    found = {}
+    for key, value in _key_values(text):
+        if key not in ("snapshot.id", "snapshot.name"):
+            raise OpenError(f"Failed in parsing snapshot param '{text}'")
+        found[key.removeprefix("snapshot.")] = value
+    return found
 
 
 def full_backing_name(name: str, overlay: Node) -> str:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from imgloop.formats.columns import Table
 from imgloop.formats.errors import FormatError, Where
 from imgloop.formats.qcow2 import schema
 from imgloop.formats.qcow2.header import Extension, Header, last_extension
 from imgloop.formats.source import Source
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 MAX_TABLE_ENTRIES = 0x8000000
 MAX_BITMAP_BYTES = 0x20000000  # 512 MiB of clusters for one bitmap
@@ -54,40 +59,57 @@ def bitmap_extension(extensions: list[Extension]) -> dict[str, Any] | None:
 
 def read_bitmaps(source: Source, header: Header, extension: dict[str, Any]) -> Iterator[Bitmap]:
     """The entries of the bitmap directory in order; FormatError at the first thing that QEMU refuses there."""
+    for bitmap, problem in judged_bitmaps(source, header, extension):
+        if problem:
+            raise problem
+        if bitmap:
+            yield bitmap
+
+
+def judged_bitmaps(
+    source: Source, header: Header, extension: dict[str, Any]
+) -> Iterator[tuple[Bitmap | None, FormatError | None]]:
+    """The entries of the bitmap directory, each with what QEMU refuses in it, as far as they can be told apart.
+
+    A problem without a bitmap is one of the directory itself. The extension's limits are to be checked before.
+    """
     base, size = extension["directory_offset"], extension["directory_size"]
 
     def bad(message: str, at: int, field: str = "bitmap directory") -> FormatError:
         return FormatError(message, Where(source.name, base + at, field))
 
     if size == 0:
-        raise bad("Requested bitmap directory size is zero", 0)
+        yield None, bad("Requested bitmap directory size is zero", 0)
     directory = source.pread(size, base)
     head = schema.BitmapDirectoryEntry.sizeof()
     at = count = 0
     while at < size:
         if at + head > size:
-            raise bad("Broken bitmap directory", at)
+            yield None, bad("Broken bitmap directory", at)
+            return
         count += 1
-        if count > extension["nb_bitmaps"]:
-            raise bad("More bitmaps found than specified in header extension", at)
+        if count == extension["nb_bitmaps"] + 1:
+            yield None, bad("More bitmaps found than specified in header extension", at)
         entry = schema.record(schema.BitmapDirectoryEntry, directory[at : at + head])
         end = at + head + entry["extra_data_size"] + entry["name_size"]
         if end + 7 & ~7 > size:
-            raise bad("Broken bitmap directory", at)
-        if entry["extra_data_size"]:
-            raise bad("Bitmap extra data is not supported", at)
+            yield None, bad("Broken bitmap directory", at)
+            return
         name = directory[end - entry["name_size"] : end].decode("utf-8", "surrogateescape")
         bitmap = Bitmap(
             offset=base + at,
             name=name,
             **{key: entry[key] for key in entry if key != "name_size"},
         )
-        if not _acceptable(bitmap, header, entry["name_size"]):
-            raise bad(f"Bitmap '{name}' doesn't satisfy the constraints", at, f"bitmap '{name}'")
-        yield bitmap
+        problem = None
+        if entry["extra_data_size"]:
+            problem = bad("Bitmap extra data is not supported", at)
+        elif not _acceptable(bitmap, header, entry["name_size"]):
+            problem = bad(f"Bitmap '{name}' doesn't satisfy the constraints", at, f"bitmap '{name}'")
+        yield bitmap, problem
         at = end + 7 & ~7
-    if count != extension["nb_bitmaps"]:
-        raise bad("Less bitmaps found than specified in header extension", size)
+    if count < extension["nb_bitmaps"]:
+        yield None, bad("Less bitmaps found than specified in header extension", size)
 
 
 def _acceptable(bitmap: Bitmap, header: Header, name_size: int) -> bool:
@@ -125,16 +147,24 @@ def _check_table(source: Source, header: Header, bitmap: Bitmap, where: Where) -
     reason = os.strerror(22)
     per_cluster = header.cluster_size * 8 * bitmap.granularity  # guest bytes that a cluster of bits covers
     clusters = -(-header.virtual_size // per_cluster)
-    # a bitmap may have up to half a gigabyte of bits, but its table is at most eight MiB in sound images
-    data = source.pread(bitmap.table_size * schema.BITMAP_TABLE.size, bitmap.table_offset)
-    table = schema.BITMAP_TABLE.table(data)
-    offset, ones = table["offset"], table["all_ones"]
-    bad = (table["reserved_high"] | table["reserved_low"]) != 0
-    bad |= (offset != 0) & (ones != 0)
-    bad |= offset % header.cluster_size != 0
-    if bad.any():
+    if bad_entries(read_bitmap_table(source, bitmap), header).any():
         raise FormatError(
             f"Could not read bitmap_table table from image for bitmap '{bitmap.name}': {reason}", where
         )
     if bitmap.table_size != clusters:
         raise FormatError(f"Could not read bitmap '{bitmap.name}' from image: {reason}", where)
+
+
+def read_bitmap_table(source: Source, bitmap: Bitmap) -> Table:
+    """The table of a bitmap that keeps QEMU's constraints: then it has eight MiB at most."""
+    data = source.pread(bitmap.table_size * schema.BITMAP_TABLE.size, bitmap.table_offset)
+    return schema.BITMAP_TABLE.table(data)
+
+
+def bad_entries(table: Table, header: Header) -> NDArray[np.bool_]:
+    """Which entries of a bitmap's table QEMU refuses."""
+    offset, ones = table["offset"], table["all_ones"]
+    bad: NDArray[np.bool_] = (table["reserved_high"] | table["reserved_low"]) != 0
+    bad |= (offset != 0) & (ones != 0)
+    bad |= offset % header.cluster_size != 0
+    return bad

@@ -15,12 +15,14 @@ from imgloop.formats.qcow2.header import (
     extension_problems,
     last_extension,
     problems,
+    promise_problems,
     read_backing_name,
     read_extensions,
     read_header,
+    size_problems,
 )
 from imgloop.formats.qcow2.snapshots import Snapshot, check_l1, find_snapshot, read_snapshots
-from imgloop.formats.source import MAX_OFFSET, Source
+from imgloop.formats.source import Source
 
 if TYPE_CHECKING:
     from imgloop.formats.extents import Extents
@@ -51,6 +53,8 @@ class Qcow2(Driver):
         self.size = header.virtual_size
         self.cluster_size = header.cluster_size
         self.pieces = schema.SUBCLUSTERS if header.extended_l2 else 1
+        for problem in promise_problems(source, header, self.extensions, reading=purpose != "info"):
+            raise problem
         self._check_encryption(purpose)
         if purpose != "info":
             self._open_data_file(open_data_file)
@@ -61,8 +65,8 @@ class Qcow2(Driver):
         if purpose != "check":
             self.snapshots = list(read_snapshots(source, header))
         self.bitmaps = self._load_bitmaps()
-        if header.size > MAX_OFFSET:
-            raise self._bad("size", "Could not refresh total sector count: File too large")
+        for problem in size_problems(source, header):
+            raise problem
         warning = bitmap_warning(header, self.extensions)
         self.warnings = (warning,) if warning else ()
         self._l1 = (header.l1_table_offset, header.l1_size)
@@ -73,8 +77,6 @@ class Qcow2(Driver):
 
     def _check_encryption(self, purpose: Purpose) -> None:
         method = self.encryption
-        if method == "luks" and not last_extension(self.extensions, schema.FULL_DISK_ENCRYPTION):
-            raise self._bad("crypt_method", f"Missing CRYPTO header for crypt method {self.header.crypt_method}")
         if method and purpose == "read":
             raise self._bad("crypt_method", f"The image is encrypted ({method}), which cannot be read yet")
 
@@ -90,14 +92,11 @@ class Qcow2(Driver):
         return found.text if found and self.header.has_data_file else None
 
     def _open_data_file(self, open_data_file: OpenFile | None) -> None:
-        raw = self.header.autoclear_features & schema.RAW_DATA
         if self.header.has_data_file:
             name = self.data_file_name
             if open_data_file is None or name is None:
                 raise self._bad("incompatible_features", "'data-file' is required for this image")
             self.files = (self.source, open_data_file(name))
-        elif raw:
-            raise self._bad("autoclear_features", "data-file-raw requires a data file")
 
     def _load_bitmaps(self) -> list[Bitmap]:
         extension = bitmap_extension(self.extensions)
@@ -151,9 +150,9 @@ class Qcow2(Driver):
             raise CorruptError(f"Image is corrupt: {error}", where) from error
         return data
 
-    def snapshot(self, wanted: str) -> Qcow2:
-        """The layer as it was at the snapshot of that id, or name; see `Driver.snapshot`."""
-        found = find_snapshot(self.snapshots, wanted)
+    def snapshot(self, id: str | None = None, name: str | None = None) -> Qcow2:
+        """The layer as it was at a snapshot; see `Driver.snapshot`. Its size is that of the disk then."""
+        found = find_snapshot(self.snapshots, id, name)
         check_l1(self.source, self.header, found)
         view = Qcow2.__new__(Qcow2)
         view.__dict__.update(self.__dict__)
@@ -181,13 +180,23 @@ class Qcow2(Driver):
         if self.data_file_name is not None:
             data["data-file"] = self.data_file_name
         if self.encryption:
-            data["encrypt"] = {"format": self.encryption}
+            data["encrypt"] = self._encryption_info()
         if modern:
             if header.has_data_file:
                 data["data-file-raw"] = bool(header.autoclear_features & schema.RAW_DATA)
             data["corrupt"] = bool(header.incompatible_features & schema.CORRUPT)
             data["extended-l2"] = header.extended_l2
         return data
+
+    def _encryption_info(self) -> dict[str, Any]:
+        """How the image is encrypted: for LUKS, what its header says."""
+        found = last_extension(self.extensions, schema.FULL_DISK_ENCRYPTION)
+        if self.encryption != "luks" or found is None:
+            return {"format": self.encryption}
+        from imgloop.formats.luks.header import info, read_header
+
+        pointer = schema.record(schema.EncryptionPointer, found.data)
+        return info(read_header(self.source, pointer["offset"], pointer["length"]))
 
     @property
     def dirty(self) -> bool:

@@ -14,7 +14,10 @@ from imgloop.formats.driver import SECTOR
 from imgloop.formats.errors import FormatError, Where
 from imgloop.formats.qcow2 import schema
 from imgloop.formats.source import MAX_OFFSET, Source
+from imgloop.formats.structures import c_string as c_string
 
+VERSIONS = (2, 3)
+CLUSTER_BITS = range(9, 22)  # 512 bytes to 2 MiB
 MAX_L1_ENTRIES = 4194304  # a table of 32 MiB, active or of a snapshot
 MAX_REFCOUNT_TABLE = 8 << 20  # bytes
 MAX_SNAPSHOTS = 65536
@@ -57,6 +60,11 @@ class Header:
         return 1 << self.cluster_bits
 
     @property
+    def recognised(self) -> bool:
+        """Whether it is a qcow2 header with a size of clusters: else nothing more can be said of it."""
+        return self.magic == schema.MAGIC and self.version in VERSIONS and self.cluster_bits in CLUSTER_BITS
+
+    @property
     def virtual_size(self) -> int:
         """Bytes that the guest sees: the stored size, down to a whole sector."""
         return self.size // SECTOR * SECTOR
@@ -89,8 +97,8 @@ class Header:
 
     @property
     def extensions_end(self) -> int:
-        """Where the header extensions must end (bytes)."""
-        return self.backing_file_offset or self.cluster_size
+        """Where the header extensions must end (bytes), never past the first cluster."""
+        return min(self.backing_file_offset or self.cluster_size, self.cluster_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +123,6 @@ class Extension:
     def text(self) -> str:
         """The data as the C string that QEMU takes it for."""
         return c_string(self.data)
-
-
-def c_string(data: bytes) -> str:
-    """Bytes up to the first NUL, as a file name (undecodable bytes survive the round trip)."""
-    return data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
 
 
 def read_header(source: Source) -> Header:
@@ -187,8 +190,9 @@ def problems(source: Source, header: Header, *, checking: bool = False) -> Itera
     `checking` leaves out what `qemu-img check` looks at later by itself.
     """
     yield from _layout_problems(source, header)
-    yield from _feature_problems(source, header)
-    yield from _table_problems(source, header, checking=checking)
+    if header.recognised:
+        yield from _feature_problems(source, header)
+        yield from _table_problems(source, header, checking=checking)
 
 
 def all_problems(source: Source, header: Header) -> list[FormatError]:
@@ -227,10 +231,10 @@ def _layout_problems(source: Source, header: Header) -> Iterator[FormatError]:
     if header.magic != schema.MAGIC:
         yield bad("magic", "Image is not in qcow2 format")
         return
-    if header.version not in (2, 3):
+    if header.version not in VERSIONS:
         yield bad("version", f"Unsupported qcow2 version {header.version}")
         return
-    if not 9 <= header.cluster_bits <= 21:
+    if header.cluster_bits not in CLUSTER_BITS:
         yield bad("cluster_bits", f"Unsupported cluster size: 2^{header.cluster_bits}")
         return
     if header.version >= 3 and header.header_length < schema.V3_LENGTH:
@@ -323,11 +327,23 @@ def extension_problems(source: Source, header: Header) -> Iterator[FormatError]:
     extensions, overflow = read_extensions(source, header)
     for extension in extensions:
         judge = _EXTENSION_JUDGES.get(extension.type)
+        sound = True
         for message in judge(header, extension) if judge else ():
+            sound = False
             where = Where(source.name, extension.offset, f"header extension '{extension.name}'")
             yield FormatError(message, where)
+        if sound and extension.type == schema.FULL_DISK_ENCRYPTION:
+            yield from _luks_problems(source, extension)
     if overflow is not None:
         yield FormatError("Header extension too large", Where(source.name, overflow, "header extension"))
+
+
+def _luks_problems(source: Source, extension: Extension) -> Iterator[FormatError]:
+    """What is wrong with the LUKS header that the extension points to: QEMU opens it on the spot."""
+    from imgloop.formats.luks.header import problems as luks_problems
+
+    pointer = schema.record(schema.EncryptionPointer, extension.data)
+    yield from luks_problems(source, pointer["offset"], pointer["length"])
 
 
 def _judge_backing_format(header: Header, extension: Extension) -> Iterator[str]:
@@ -380,6 +396,24 @@ _EXTENSION_JUDGES = {
     schema.FULL_DISK_ENCRYPTION: _judge_encryption,
     schema.BITMAP_DIRECTORY: _judge_bitmaps,
 }
+
+
+def promise_problems(
+    source: Source, header: Header, extensions: list[Extension], *, reading: bool
+) -> Iterator[FormatError]:
+    """What the header promises and the rest of it does not keep; for the data file, only who reads data asks."""
+    if reading and header.autoclear_features & schema.RAW_DATA and not header.has_data_file:
+        yield _bad(source, header, "autoclear_features", "data-file-raw requires a data file")
+    luks = schema.CRYPT_METHODS.get(header.crypt_method) == "luks"
+    if luks and not last_extension(extensions, schema.FULL_DISK_ENCRYPTION):
+        message = f"Missing CRYPTO header for crypt method {header.crypt_method}"
+        yield _bad(source, header, "crypt_method", message)
+
+
+def size_problems(source: Source, header: Header) -> Iterator[FormatError]:
+    """The very last thing that QEMU refuses: a virtual size that slipped through as its arithmetic wraps."""
+    if header.size > MAX_OFFSET:
+        yield _bad(source, header, "size", "Could not refresh total sector count: File too large")
 
 
 def bitmap_warning(header: Header, extensions: list[Extension]) -> str | None:

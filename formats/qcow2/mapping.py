@@ -19,7 +19,7 @@ from imgloop.formats.qcow2 import schema
 from imgloop.formats.qcow2.header import Header
 from imgloop.formats.source import Source
 
-BATCH = 1 << 18  # clusters or subclusters that one answer looks at
+BATCH = 1 << 15  # clusters or subclusters that one answer looks at: what a processor's cache holds
 L1_BATCH = 1 << 16  # L1 entries that one answer looks at
 
 
@@ -73,11 +73,14 @@ class Mapping:
         if work[0] > self.batch:
             stops[0] = firsts[0] + self.batch
             end = min(end, int(stops[0]) * cluster_size)
-        parts = [self._without_table(firsts[~readable], stops[~readable], offsets[~readable])]
-        if readable.any():
-            parts.append(self._from_tables(firsts[readable], stops[readable], offsets[readable]))
-        table = np.concatenate(parts)
-        table = table[np.argsort(table["start"], kind="stable")]
+        if readable.all():
+            table = self._from_tables(firsts, stops, offsets)
+        else:
+            table = self._without_table(firsts[~readable], stops[~readable], offsets[~readable])
+            if readable.any():
+                mapped = self._from_tables(firsts[readable], stops[readable], offsets[readable])
+                table = np.concatenate((table, mapped))
+                table = table[np.argsort(table["start"], kind="stable")]
         reach = int(table["start"][-1] + table["length"][-1])
         if reach < end and kept == len(work):  # past the last L1 entry
             table = np.concatenate((table, extent(reach, end - reach, Kind.UNALLOCATED)))

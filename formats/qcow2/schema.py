@@ -19,6 +19,8 @@ from construct import (
 )
 
 from imgloop.formats.columns import BitsInteger, BitStruct, Columns, Flag, Scaled
+from imgloop.formats.structures import offset_of as offset_of
+from imgloop.formats.structures import record as record
 
 MAGIC = 0x514649FB  # "QFI\xfb"
 
@@ -208,19 +210,3 @@ def refcount_unit(order: int) -> Any:
 def refcounts(order: int) -> Columns:
     """`refcount_unit` as columns."""
     return Columns(refcount_unit(order))
-
-
-def offset_of(struct: Any, name: str) -> int:
-    """The offset (bytes) of a field in a structure of fixed-size fields."""
-    offset = 0
-    for field in struct.subcons:
-        if field.name == name:
-            return offset
-        offset += field.sizeof()
-    raise KeyError(name)
-
-
-def record(struct: Any, data: bytes) -> dict[str, Any]:
-    """`data` parsed by `struct`, zero-filled where it is too short, as a plain dict in the order of fields."""
-    parsed = struct.parse(data.ljust(struct.sizeof(), b"\0"))
-    return {field.name: parsed[field.name] for field in struct.subcons}

@@ -72,12 +72,12 @@ def read_snapshots(source: Source, header: Header) -> Iterator[Snapshot]:
         offset = end
 
 
-def find_snapshot(snapshots: list[Snapshot], wanted: str) -> Snapshot:
-    """The snapshot whose id is `wanted`, else the one of that name; OpenError where there is none."""
-    for match in (lambda entry: entry.id == wanted, lambda entry: entry.name == wanted):
-        for entry in filter(match, snapshots):
-            return entry
-    raise OpenError(f"Failed to load snapshot: Can't find snapshot '{wanted}'")
+def find_snapshot(snapshots: list[Snapshot], id: str | None, name: str | None) -> Snapshot:
+    """The first snapshot of that id and that name (None: any); OpenError where there is none."""
+    for snapshot in snapshots:
+        if id in (None, snapshot.id) and name in (None, snapshot.name):
+            return snapshot
+    raise OpenError(f"Failed to load snapshot: Can't find snapshot '{id if name is None else name}'")
 
 
 def check_l1(source: Source, header: Header, snapshot: Snapshot) -> None:

@@ -37,10 +37,9 @@ def info(
     """
     found = []
     for layer in open_layers(file, format, purpose="info", gate=gate, image_opts=image_opts):
-        with_layer = layer_info(layer)
+        found.append(layer_info(layer.driver, layer.node))
         warn(layer.driver.warnings)
         layer.driver.close()
-        found.append(with_layer)
         if not backing_chain:
             break
     if output == "json":

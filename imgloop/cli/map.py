@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from imgloop.image import Image
 
 MIXED = "File contains external, encrypted or compressed clusters."
+ROWS = 4096  # put into text at a time: what fits into memory that the process already has
 NO_ROW = (
-    '{ "start": %d, "length": 0, "depth": 0, "present": false, "zero": false, "data": false, "compressed": false}'
+    b'{ "start": %d, "length": 0, "depth": 0, "present": false, "zero": false, "data": false, "compressed": false}'
 )
 
 
@@ -46,47 +47,43 @@ def map(
     with imgloop.open(file, format, gate=gate, image_opts=image_opts) as image:
         warn(image.warnings)
         if output == "json":
-            _print_json(image, start_offset, max_length, sys.stdout)
+            _print_json(image, start_offset, max_length)
         else:
             _print_table(image, start_offset, max_length, sys.stdout)
 
 
-def _print_json(image: Image, start: int, length: int | None, stdout: IO[str]) -> None:
+def _print_json(image: Image, start: int, length: int | None) -> None:
     from imgloop.map import guest_map
 
-    stdout.write("[")
-    separator = ""
+    sys.stdout.flush()
+    stdout = sys.stdout.buffer
+    stdout.write(b"[")
+    first = True
     try:
         for table in guest_map(image, start, length):
-            if len(table):
-                stdout.write(separator + _rows(table))
-                separator = ",\n"
-        if not separator:  # nothing to map: QEMU says so in an entry of its own
+            for at in range(0, len(table), ROWS):
+                stdout.write(_rows(table[at : at + ROWS])[2 * first :])
+                first = False
+        if first:  # nothing to map: QEMU says so in an entry of its own
             stdout.write(NO_ROW % start)
     finally:
-        stdout.write("]\n")  # valid JSON up to the damage, if there is any
+        stdout.write(b"]\n")  # valid JSON up to the damage, if there is any
 
 
-def _rows(table: Extents) -> str:
-    """The JSON of a table's extents. One call of C code for all of them: there may be millions."""
-    import numpy as np
-
+def _rows(table: Extents) -> bytearray:
+    """The JSON of a table's extents, each behind a comma and a line break; there may be millions."""
+    from imgloop.cli.rows import render
     from imgloop.formats.extents import Kind
 
-    words = ("false", "true")
-    row = '{{ "start": %d, "length": %d, "depth": %d, "present": {}, "zero": {}, "data": {}, "compressed": {}'
+    row = ',\n{{ "start": %, "length": %, "depth": %, "present": {}, "zero": {}, "data": {}, "compressed": {}'
     templates = []
     for kind in Kind:
         data = kind in (Kind.DATA, Kind.COMPRESSED, Kind.ENCRYPTED, Kind.HOLE)
         flags = (kind != Kind.UNALLOCATED, not data or kind == Kind.HOLE, data, kind == Kind.COMPRESSED)
-        start = row.format(*(words[flag] for flag in flags))
-        templates += [start + "}", start + ', "offset": %d}']
-    located = table["offset"] >= 0
-    chosen = [templates[number] for number in (table["kind"] * 2 + located).tolist()]
-    numbers = np.stack([table["start"], table["length"], table["depth"], table["offset"]], axis=1)
-    shown = np.ones_like(numbers, dtype=bool)
-    shown[:, 3] = located
-    return ",\n".join(chosen) % tuple(numbers[shown].tolist())
+        start = row.format(*("true" if flag else "false" for flag in flags)).encode()
+        templates += [start + b"}", start + b', "offset": %}']
+    columns = [table[name].astype("i8") for name in ("start", "length", "depth", "offset")]
+    return render(templates, table["kind"] * 2 + (columns[3] >= 0), columns)
 
 
 def _print_table(image: Image, start: int, length: int | None, stdout: IO[str]) -> None:

@@ -1,0 +1,179 @@
+"""Guest bytes out to files: complete or not at all, and with holes where the guest has zeros."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from imgloop.formats.errors import ImageError, Where
+from imgloop.formats.source import Source
+from imgloop.image import Image
+
+BUFFER = 1 << 20  # bytes read and written at a time
+OFFLOAD = 1 << 26  # bytes copied at a time within the kernel
+Progress = Callable[[int], None]  # is told how many bytes more are done
+
+
+@contextmanager
+def whole_file(path: str) -> Iterator[int]:
+    """A descriptor to write a new file through, which appears under its name only when all went well.
+
+    An existing file is replaced then and keeps its mode; a device or a pipe is written directly.
+    """
+    target = Path(path)
+    try:
+        existing = target.stat() if target.exists() else None
+        if existing and not stat.S_ISREG(existing.st_mode):
+            fd, temporary = os.open(path, os.O_WRONLY | os.O_CLOEXEC), None
+        else:
+            target = target.resolve()
+            fd, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+            os.fchmod(fd, stat.S_IMODE(existing.st_mode) if existing else 0o666 & ~_umask())
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise ImageError(f"Could not create '{path}': {reason}", Where(path)) from error
+    try:
+        yield fd
+        os.close(fd)
+        fd = -1
+        if temporary:
+            Path(temporary).replace(target)
+            temporary = None
+    except OSError as error:
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(f"Could not write '{path}': {os.strerror(error.errno or 0)}", Where(path)) from error
+    finally:
+        if fd >= 0:
+            os.close(fd)
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def copy_range(
+    image: Image, start: int, length: int, fd: int, *, progress: Progress = lambda _: None, pad: int = 1
+) -> None:
+    """Write guest range [start, start + length) (bytes) to `fd`, and zeros up to a multiple of `pad` bytes.
+
+    In an empty regular file zeros become holes; elsewhere (a pipe, a device) every byte is written in order.
+    """
+    target = os.fstat(fd)
+    sparse = stat.S_ISREG(target.st_mode) and not target.st_size and not _appends(fd)
+    padded = -(-length // pad) * pad
+    position = start
+    for piece in _pieces(image, start, length):
+        if sparse:
+            os.lseek(fd, piece.first - start, os.SEEK_SET)
+        else:
+            _write_zeros(fd, piece.first - position)
+        progress(piece.first - position)
+        _copy_piece(image, piece, fd, sparse=sparse, progress=progress)
+        position = piece.end
+    if sparse:
+        os.ftruncate(fd, padded)
+    else:
+        _write_zeros(fd, start + padded - position)
+    progress(start + length - position)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Guest range [first, end), and the host file that holds just these bytes at `offset`, if one does."""
+
+    first: int
+    end: int
+    source: Source | None
+    offset: int
+
+
+def _pieces(image: Image, start: int, length: int) -> Iterator[_Piece]:
+    """What the image does not call zero: each extent of plain data, and runs of all other extents."""
+    import numpy as np
+
+    from imgloop.formats.extents import Kind
+
+    for table in image.iter_extents(start, length):
+        kinds = table["kind"]
+        changes = (kinds[1:] != kinds[:-1]) | (kinds[1:] == Kind.DATA)
+        firsts = table[np.concatenate(([True], changes))]
+        ends = [*firsts["start"][1:].tolist(), int(table["start"][-1] + table["length"][-1])]
+        rows = zip(*(firsts[name].tolist() for name in ("start", "kind", "file", "offset")), ends, strict=True)
+        for first, kind, file, offset, end in rows:
+            if kind == Kind.DATA:
+                yield _Piece(first, end, image.files[file], offset)
+            elif kind not in (Kind.UNALLOCATED, Kind.ZERO):
+                yield _Piece(first, end, None, 0)
+
+
+def _copy_piece(image: Image, piece: _Piece, fd: int, *, sparse: bool, progress: Progress) -> None:
+    """Write one piece at the place where `fd` stands: within the kernel where it can, else through a buffer."""
+    position = piece.first
+    if piece.source is not None and sparse:
+        for count in _offload(piece.source, piece.offset, piece.end - position, fd):
+            position += count
+            progress(count)
+    buffer = memoryview(bytearray(min(BUFFER, piece.end - position)))
+    while position < piece.end:
+        part = buffer[: piece.end - position]
+        image.readinto(part, position)
+        _write_all(fd, part)
+        progress(len(part))
+        position += len(part)
+
+
+def _offload(source: Source, offset: int, length: int, fd: int) -> Iterator[int]:
+    """Copy within the kernel, which may share blocks instead; the bytes done each time. May end early."""
+    while length > 0:
+        try:
+            count = os.copy_file_range(source.fd, fd, min(length, OFFLOAD), offset)
+        except OSError:  # not between these two, or not here: the buffer finds out whether reading fails
+            return
+        if count == 0:  # the end of the source
+            return
+        yield count
+        offset += count
+        length -= count
+
+
+def _appends(fd: int) -> bool:
+    """Whether writes go to the file's end wherever one seeks (a shell's `>>`), or it is already under way."""
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND) or os.lseek(fd, 0, os.SEEK_CUR) != 0
+
+
+def _filled(image: Image, start: int, length: int) -> Iterator[tuple[int, int]]:
+    """The ranges (first, end) of the guest range that the image does not call zero."""
+    import numpy as np
+
+    from imgloop.formats.extents import Kind
+
+    for table in image.iter_extents(start, length):
+        empty = np.isin(table["kind"], (Kind.UNALLOCATED, Kind.ZERO))
+        firsts = np.flatnonzero(np.concatenate(([True], empty[1:] != empty[:-1])))
+        bounds = [*table["start"][firsts].tolist(), int(table["start"][-1] + table["length"][-1])]
+        for first, end, skip in zip(bounds, bounds[1:], empty[firsts].tolist(), strict=False):
+            if not skip:
+                yield first, end
+
+
+def _write_all(fd: int, data: memoryview) -> None:
+    done = 0
+    while done < len(data):
+        done += os.write(fd, data[done:])
+
+
+def _write_zeros(fd: int, length: int) -> None:
+    zeros = memoryview(bytes(min(length, BUFFER)))
+    while length > 0:
+        length -= os.write(fd, zeros[:length])

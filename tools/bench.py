@@ -1,0 +1,250 @@
+"""Figures: imgloop against qemu-img and dissect.hypervisor, measured in turns in one run.
+
+    python tools/bench.py [--runs N] [--directory DIR] [CASE...]
+
+Absolute times depend on the machine and on what else it does; the ratios are what counts. Each case makes its
+own input, runs both sides in turns and prints the medians. Inputs lie in memory (/dev/shm) unless --directory
+says otherwise, so that no disk decides. Without names all cases run; `--list` names them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import imgloop
+
+IMGLOOP = [sys.executable, "-m", "imgloop"]
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table: seconds (or seconds per read) of imgloop and of the other one."""
+
+    case: str
+    ours: float
+    theirs: float
+    other: str
+
+    def __str__(self) -> str:
+        ratio = self.theirs / self.ours
+        return f"{self.case:<34}{_time(self.ours):>12}{_time(self.theirs):>12}  {self.other:<20}{ratio:>8.1f}"
+
+
+def _time(seconds: float) -> str:
+    return (
+        f"{seconds * 1e6:.1f} us"
+        if seconds < 1e-3
+        else f"{seconds * 1e3:.0f} ms"
+        if seconds < 1
+        else f"{seconds:.2f} s"
+    )
+
+
+Case = Callable[[Path, int], Iterator[Row]]
+CASES: dict[str, Case] = {}
+
+
+def case(function: Case) -> Case:
+    """Register a case under its function's name."""
+    CASES[function.__name__.replace("_", "-")] = function
+    return function
+
+
+def in_turns(runs: int, *works: Callable[[], object]) -> list[float]:
+    """The median wall time (seconds) of each piece of work, run in turns."""
+    times: list[list[float]] = [[] for _ in works]
+    for _ in range(runs):
+        for work, taken in zip(works, times, strict=True):
+            start = time.perf_counter()
+            work()
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in times]
+
+
+def command(*args: str | Path) -> Callable[[], object]:
+    """A piece of work: a command with its output thrown away."""
+    words = [str(arg) for arg in args]
+    return lambda: subprocess.run(words, stdout=subprocess.DEVNULL, check=True)
+
+
+def guest_bytes(path: Path, mebibytes: int) -> None:
+    """A raw file: 30 % zeros, half text-like, a fifth random."""
+    chance = random.Random(1)
+    words = [bytes(chance.choices(b"abcdefghijklmnop    ", k=chance.randrange(2, 9))) for _ in range(4000)]
+    with path.open("wb") as file:
+        for _ in range(mebibytes):
+            kind = chance.random()
+            if kind < 0.3:
+                file.seek(MIB, 1)
+            elif kind < 0.8:
+                file.write(b" ".join(chance.choices(words, k=MIB // 3))[:MIB])
+            else:
+                file.write(chance.randbytes(MIB))
+        file.truncate(mebibytes * MIB)
+
+
+def scattered(path: Path, clusters: int, seed: int = 1) -> None:
+    """A qcow2 image of 64 KiB clusters, all of them mapped, to host clusters in random order; holes for data."""
+    size = 1 << 16
+    per_table, per_block = size // 8, size // 2
+    tables = -(-clusters // per_table)
+    l1 = -(-tables * 8 // size)
+    used = clusters + tables + l1 + 1
+    blocks = -(-(used + used // per_block + 8) // per_block)
+    # in clusters: header, refcount table, refcount blocks, L1, L2 tables, data
+    table_at, block_at = 1, 1 + -(-blocks * 8 // size)
+    l1_at = block_at + blocks
+    l2_at = l1_at + l1
+    data_at = l2_at + tables
+    end = data_at + clusters
+    header = struct.pack(
+        ">IIQIIQIIQQIIQQQQII",
+        *(0x514649FB, 3, 0, 0, 16, clusters * size, 0, tables, l1_at * size, table_at * size, table_at),
+        *(0, 0, 0, 0, 0, 4, 104),
+    )
+    copied = np.uint64(1 << 63)
+    order = np.random.default_rng(seed).permutation(clusters).astype(np.uint64) + np.uint64(data_at)
+    counts = np.zeros(blocks * per_block, dtype=">u2")
+    counts[:end] = 1
+
+    def offsets(first: int, count: int) -> np.ndarray:
+        return (np.arange(first, first + count, dtype=np.uint64)) * np.uint64(size)
+
+    parts = {
+        0: header,
+        table_at: offsets(block_at, blocks).astype(">u8").tobytes(),
+        block_at: counts.tobytes(),
+        l1_at: (offsets(l2_at, tables) | copied).astype(">u8").tobytes(),
+        l2_at: (order * np.uint64(size) | copied).astype(">u8").tobytes(),
+    }
+    with path.open("wb") as file:
+        for at, data in parts.items():
+            file.seek(at * size)
+            file.write(data)
+        file.truncate(end * size)
+
+
+def converted(directory: Path, mebibytes: int, *options: str) -> Path:
+    """A qcow2 image made by qemu-img convert from `guest_bytes`."""
+    raw = directory / f"guest-{mebibytes}.raw"
+    if not raw.exists():
+        guest_bytes(raw, mebibytes)
+    name = "-".join(["image", str(mebibytes), *(option.strip("-").replace("=", "-") for option in options)])
+    image = directory / f"{name}.qcow2"
+    if not image.exists():
+        words = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", *options]
+        subprocess.run([*words, str(raw), str(image)], check=True)
+    return image
+
+
+COMPRESSIONS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "zlib": ("-c",),
+    "zstd": ("-c", "-o", "compression_type=zstd"),
+}
+
+
+@case
+def map_scattered(directory: Path, runs: int) -> Iterator[Row]:
+    """`map --output json` of 128 GiB in 2 M scattered clusters."""
+    image = directory / "scattered.qcow2"
+    scattered(image, 1 << 21)
+    ours, theirs = in_turns(
+        runs,
+        command(*IMGLOOP, "map", "--output", "json", image),
+        command("qemu-img", "map", "--output", "json", image),
+    )
+    yield Row("map, 2 M extents", ours, theirs, "qemu-img map")
+
+
+@case
+def sequential(directory: Path, runs: int) -> Iterator[Row]:
+    """`dd` of 1 GiB into a file in memory."""
+    for name, options in COMPRESSIONS.items():
+        image = converted(directory, 1024, *options)
+        target = directory / "out.raw"
+        words = ("bs=1M", f"if={image}", f"of={target}")
+        ours, theirs = in_turns(runs, command(*IMGLOOP, "dd", *words), command("qemu-img", "dd", *words))
+        target.unlink()
+        image.unlink()
+        yield Row(f"dd, 1 GiB {name}", ours, theirs, "qemu-img dd")
+
+
+@case
+def random_reads(directory: Path, runs: int) -> Iterator[Row]:
+    """Random 4 KiB reads through the library, one image open: one that fits the cluster cache, and one 4 times it."""
+    from dissect.hypervisor.disk.qcow2 import QCow2
+
+    cache = imgloop.Limits().cluster_cache // MIB
+    for name, options in COMPRESSIONS.items():
+        for size in (cache, cache * 4):
+            path = converted(directory, size, *options)
+            chance = random.Random(2)
+            count = 20_000 if name == "plain" else 4 * 16 * size
+            offsets = [chance.randrange(size * MIB // 4096) * 4096 for _ in range(count)]
+            with imgloop.open(path) as image:
+                stream = QCow2(path).open()
+
+                def read_ours(image: imgloop.Image = image, offsets: list[int] = offsets) -> None:
+                    for offset in offsets:
+                        image.pread(4096, offset)
+
+                def read_theirs(stream: object = stream, offsets: list[int] = offsets) -> None:
+                    for offset in offsets:
+                        stream.seek(offset)  # type: ignore[attr-defined]  # dissect is untyped
+                        stream.read(4096)  # type: ignore[attr-defined]
+
+                image.pread(1, 0)  # numpy is imported at the first read
+                ours, theirs = in_turns(runs, read_ours, read_theirs)
+            yield Row(f"read 4 KiB, {size} MiB {name}", ours / count, theirs / count, "dissect.hypervisor")
+
+
+@case
+def start_up(directory: Path, runs: int) -> Iterator[Row]:
+    """`info` and `--help` against an interpreter that does nothing (a ratio below 1: how much slower)."""
+    image = converted(directory, 1)
+    nothing = command(sys.executable, "-c", "pass")
+    for name, words in {"info": ("info", image), "--help": ("--help",)}.items():
+        ours, theirs = in_turns(runs * 5, command(*IMGLOOP, *words), nothing)
+        yield Row(f"start-up, {name}", ours, theirs, "python3 -c pass")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--runs", type=int, default=5, help="runs of each side (default 5)")
+    parser.add_argument("--directory", default="/dev/shm" if Path("/dev/shm").is_dir() else None)
+    parser.add_argument("--list", action="store_true", help="name the cases")
+    args = parser.parse_args()
+    unknown = set(args.cases) - set(CASES)
+    if unknown or args.list:
+        print(*(f"{name:<16} {function.__doc__}" for name, function in CASES.items()), sep="\n")
+        sys.exit(1 if unknown else 0)
+    qemu = shutil.which("qemu-img")
+    if qemu is None:
+        sys.exit("qemu-img is missing: there is nothing to compare with (Debian: apt-get install qemu-utils)")
+    version = subprocess.run([qemu, "--version"], capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    print(f"imgloop {imgloop.__version__}, Python {sys.version.split()[0]}; {version}")
+    print(f"{'case':<34}{'imgloop':>12}{'other':>12}  {'':<20}{'ratio':>8}")
+    for name in args.cases or CASES:
+        with tempfile.TemporaryDirectory(prefix="imgloop-bench-", dir=args.directory) as directory:
+            for row in CASES[name](Path(directory), args.runs):
+                print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
