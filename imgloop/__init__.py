@@ -5,8 +5,9 @@ r"""imgloop: inspect, map, read and verify disk images.
 ...     image.size, image.pread(512, 0)[-2:]
 (67108864, b'U\xaa')
 
-The public surface: `open`, `Image`, `Gate` and `Trust` (which files an image may refer to), `Limits` (what may be
-spent on it), and the tree of errors below `ImageError` (see `imgloop.formats.errors`).
+The public surface: `open`, `Image`, `check` and its `CheckReport`, `Gate` and `Trust` (which files an image may
+refer to), `Limits` (what may be spent on it), and the tree of errors below `ImageError` (see
+`imgloop.formats.errors`).
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ from imgloop.formats.errors import (
 from imgloop.gate import Gate, Trust
 from imgloop.image import Image, ImageFile, open
 from imgloop.limits import Limits
+from imgloop.report import CheckReport
+from imgloop.verify import check
 
 __version__ = "0.1.0"
 __all__ = [
+    "CheckReport",
     "CorruptError",
     "FormatError",
     "Gate",
@@ -42,5 +46,6 @@ __all__ = [
     "ReadOnlyError",
     "Trust",
     "UsageError",
+    "check",
     "open",
 ]

@@ -58,9 +58,7 @@ def _all_streams(check: Check) -> tuple[Numbers, Numbers, Numbers, Numbers]:
     return rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3]
 
 
-def _failures(
-    decode: Decode, offsets: list[int], sizes: list[int], start: int
-) -> Iterator[tuple[int, str]]:
+def _failures(decode: Decode, offsets: list[int], sizes: list[int], start: int) -> Iterator[tuple[int, str]]:
     for number, (offset, size) in enumerate(zip(offsets, sizes, strict=True), start):
         try:
             decode(offset, size)

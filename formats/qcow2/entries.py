@@ -295,7 +295,9 @@ class Walk:
         some, needed = entries.pick(cut), np.full(int(cut.sum()), size)
         if some.bitmap is not None:
             present = schema.EXTENDED_L2_COLUMNS["allocated_bitmap"].of(some.bitmap)
-            written = np.ceil(np.log2(present.astype(np.float64) + 1)).astype(np.int64)  # the last subcluster's end
+            written = np.ceil(np.log2(present.astype(np.float64) + 1)).astype(
+                np.int64
+            )  # the last subcluster's end
             needed = written * (size // schema.SUBCLUSTERS)
         some = some.pick(some.offset + needed > self.layout.source.size)
         self._note("DATA_TRUNCATED", some, some.word & _OFFSET)

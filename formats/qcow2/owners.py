@@ -1,7 +1,7 @@
 """Who claims a host cluster: every structure, table and entry of an image that leads to it.
 
-The claims are not kept while they are counted, there may be hundreds of millions; for the few clusters that somebody
-asks about, the tables are walked once more.
+The claims are not kept while they are counted, for there may be hundreds of millions of them; for the few
+clusters that somebody asks about, the tables are walked once more.
 """
 
 from __future__ import annotations
@@ -171,6 +171,4 @@ class Owners:
         else:
             ranges = [owner.guest for owner in owners if owner.guest and owner.view == "active"]
         end = self.check.header.virtual_size
-        return tuple(
-            (start, min(length, end - start)) for start, length in dict.fromkeys(ranges) if start < end
-        )
+        return tuple((start, min(length, end - start)) for start, length in dict.fromkeys(ranges) if start < end)

@@ -9,12 +9,12 @@ from itertools import islice
 
 import click
 
-import imgloop.check
-from imgloop.check import LIMIT, CheckReport
-from imgloop.cli.options import Output, file_argument, image_options, output_option, warn
-from imgloop.cli.out import say
+from imgloop.cli import say
+from imgloop.cli.options import file_argument, image_options, output_option, warn
 from imgloop.formats.findings import RULES
 from imgloop.gate import Gate
+from imgloop.report import LIMIT, UNSUPPORTED, CheckReport
+from imgloop.verify import check as check_image
 
 LINES = 1 << 20  # of qemu-img's diagnostics, at most
 BLOCK = 1 << 12  # lines written at a time
@@ -25,9 +25,11 @@ BLOCK = 1 << 12  # lines written at a time
 @output_option
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing on stdout.")
 @click.option(
-    "--findings", type=Output("--findings"), help="Print every finding, with its owners: human or json."
+    "--findings",
+    type=click.Choice(["human", "json"]),
+    help="Print every finding, with its owners.",
 )
-@click.option("--limit", metavar="N", type=click.IntRange(0), default=LIMIT, help="Findings shown; all are counted.")
+@click.option("--limit", metavar="N", type=click.IntRange(0), default=LIMIT, help="Findings shown (1000).")
 @click.option("--deep", is_flag=True, help="Decode every compressed cluster too.")
 @click.option("--strict", is_flag=True, help="Let findings that qemu-img does not have count in the exit code.")
 @file_argument
@@ -51,8 +53,8 @@ def check(
     completed, 2 the image is corrupt, 3 it has leaked clusters, 63 its format has no checks. What qemu-img
     passes as clean is said on stderr; with --strict it is an exit code of 2 as well.
     """
-    with imgloop.check.check(file, format, gate=gate, image_opts=image_opts) as report:
-        warn(tuple(warning for layer in report.layers for warning in layer.driver.warnings))
+    with check_image(file, format, gate=gate, image_opts=image_opts) as report:
+        warn(tuple(warning for driver, _ in report.chain for warning in driver.warnings))
         if deep:
             _decode_all(report)
         code = _show(report, findings, limit, quiet) if findings else _say(report, output, quiet, limit)
@@ -117,7 +119,7 @@ def _say(report: CheckReport, output: str, quiet: bool, limit: int) -> int:
             click.echo(f"imgloop: note: {others} findings in what can be read; see --findings human", err=True)
         raise report.refusal
     if report.exit_code == 63:
-        say(imgloop.check.UNSUPPORTED)
+        say(UNSUPPORTED)
         return 63
     _diagnostics(report)
     _own_findings(report, limit)
