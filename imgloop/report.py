@@ -126,6 +126,11 @@ class CheckReport:
         """Why QEMU's check ends without a verdict; None where it does not."""
         return self._check.failure if self._check else None
 
+    @property
+    def inspected(self) -> Check | None:
+        """The check of the qcow2 structures; None where there is nothing of the kind."""
+        return self._check
+
     # --- qemu-img's verdict ---
 
     @property

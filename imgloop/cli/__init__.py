@@ -18,6 +18,7 @@ from imgloop.gate import Gate, Trust
 # verb: what `imgloop --help` says of it; the command `<verb>` is in imgloop.cli.<verb>
 VERBS = {
     "check": "Check the structures of an image, and who claims what.",
+    "explain": "Explain one place of an image: who claims it, where it leads.",
     "dd": "Copy a part of an image to a raw file, with dd's operands.",
     "dump": "Show the structures of an image as they lie on disk.",
     "info": "Show what an image is.",
