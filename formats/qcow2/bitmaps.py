@@ -9,7 +9,7 @@ from typing import Any
 
 from imgloop.formats.errors import FormatError, Where
 from imgloop.formats.qcow2 import schema
-from imgloop.formats.qcow2.header import Extension, Header, last_extension
+from imgloop.formats.qcow2.header import INT_MAX, Extension, Header, last_extension, needed_to_open
 from imgloop.formats.source import Source
 
 MAX_TABLE_ENTRIES = 0x8000000
@@ -71,8 +71,9 @@ def read_bitmaps(source: Source, header: Header, extension: dict[str, Any]) -> I
         if count > extension["nb_bitmaps"]:
             raise bad("More bitmaps found than specified in header extension", at)
         entry = schema.record(schema.BitmapDirectoryEntry, directory[at : at + head])
-        end = at + head + entry["extra_data_size"] + entry["name_size"]
-        if end + 7 & ~7 > size:
+        length = head + entry["extra_data_size"] + entry["name_size"]
+        end = at + length
+        if length <= INT_MAX and end + 7 & ~7 > size:  # QEMU counts in an int; beyond, the next test refuses
             raise bad("Broken bitmap directory", at)
         if entry["extra_data_size"]:
             raise bad("Bitmap extra data is not supported", at)
@@ -126,15 +127,15 @@ def _check_table(source: Source, header: Header, bitmap: Bitmap, where: Where) -
     per_cluster = header.cluster_size * 8 * bitmap.granularity  # guest bytes that a cluster of bits covers
     clusters = -(-header.virtual_size // per_cluster)
     # a bitmap may have up to half a gigabyte of bits, but its table is at most eight MiB in sound images
-    data = source.pread(bitmap.table_size * schema.BITMAP_TABLE.size, bitmap.table_offset)
+    unread = f"Could not read bitmap_table table from image for bitmap '{bitmap.name}'"
+    with needed_to_open(unread):
+        data = source.pread(bitmap.table_size * schema.BITMAP_TABLE.size, bitmap.table_offset)
     table = schema.BITMAP_TABLE.table(data)
     offset, ones = table["offset"], table["all_ones"]
     bad = (table["reserved_high"] | table["reserved_low"]) != 0
     bad |= (offset != 0) & (ones != 0)
     bad |= offset % header.cluster_size != 0
     if bad.any():
-        raise FormatError(
-            f"Could not read bitmap_table table from image for bitmap '{bitmap.name}': {reason}", where
-        )
+        raise FormatError(f"{unread}: {reason}", where)
     if bitmap.table_size != clusters:
         raise FormatError(f"Could not read bitmap '{bitmap.name}' from image: {reason}", where)

@@ -1,0 +1,1 @@
+"""Tests of the formats: what the bytes mean."""

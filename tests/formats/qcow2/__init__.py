@@ -1,0 +1,1 @@
+"""Tests of qcow2: opening, mapping, reading."""

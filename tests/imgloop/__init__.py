@@ -1,0 +1,1 @@
+"""Tests of what people do with images: names, the gate, chains."""
