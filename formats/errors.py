@@ -3,7 +3,7 @@
     ImageError                      anything that imgloop says about an image
      ├── OpenError                  the image, or a file that it needs, cannot be opened
      │    ├── FormatError           a field of the image breaks a rule of its format
-     │    └── GateError             a file that the image names is not allowed (PermissionError)
+     │    └── GateError             a file that the image names is not allowed (PermissionError, EACCES)
      ├── CorruptError               a guest range cannot be read truthfully (OSError, EIO)
      ├── ReadError                  the operating system failed to read a file (OSError)
      ├── OutOfRangeError            a request reaches past the end of the image (ValueError)
@@ -74,6 +74,8 @@ class FormatError(OpenError, ValueError):
 
 class GateError(OpenError, PermissionError):
     """A file that the image names is not one that the gate lets through."""
+
+    errno = errno.EACCES
 
 
 class CorruptError(ImageError, OSError):

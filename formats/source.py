@@ -1,7 +1,8 @@
 """Bytes in: a host file, read as QEMU's file protocol layer reads it.
 
 A read past the end of the file gives zeros, never an error: short metadata and data are the business of
-whoever asked. What the operating system itself refuses is a `ReadError` with file and offset.
+whoever asked. What the operating system itself refuses is a `ReadError` with file and offset, and so is a
+read beyond `MAX_LENGTH`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Iterator
 from imgloop.formats.errors import ReadError, Where
 
 MAX_OFFSET = (1 << 63) - 1  # off_t
+# Where QEMU's block layer ends (its largest alignment below off_t's limit): reading beyond is an I/O error.
+MAX_LENGTH = MAX_OFFSET >> 30 << 30
 
 
 class Source:
@@ -50,11 +53,12 @@ class Source:
 
     def pread(self, length: int, offset: int) -> bytes:
         """`length` bytes at `offset`, zeros past the end of the file."""
+        self._check_reach(offset, length)
         try:
             data = os.pread(self.fd, length, offset)
             if len(data) == length:
                 return data
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             raise self._failed(error, offset, length) from error
         buffer = bytearray(length)
         buffer[: len(data)] = data
@@ -63,6 +67,7 @@ class Source:
 
     def readinto(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` with the bytes at `offset`, zeros past the end of the file."""
+        self._check_reach(offset, len(buffer))
         self._fill(buffer, 0, offset)
 
     def _fill(self, buffer: memoryview, done: int, offset: int) -> None:
@@ -75,7 +80,7 @@ class Source:
                     buffer[done:] = bytes(length - done)
                     return
                 done += count
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             raise self._failed(error, offset, length) from error
 
     def data_ranges(self, start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -103,6 +108,10 @@ class Source:
             os.close(self.fd)
             self.fd = -1
 
-    def _failed(self, error: Exception, offset: int, length: int) -> ReadError:
-        reason = os.strerror(error.errno or errno.EIO) if isinstance(error, OSError) else os.strerror(errno.EIO)
+    def _check_reach(self, offset: int, length: int) -> None:
+        if offset + length > MAX_LENGTH:
+            raise self._failed(OSError(errno.EIO, ""), offset, length)
+
+    def _failed(self, error: OSError, offset: int, length: int) -> ReadError:
+        reason = os.strerror(error.errno or errno.EIO)
         return ReadError(f"Could not read {length} bytes: {reason}", Where(self.name, offset))

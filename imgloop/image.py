@@ -317,13 +317,14 @@ class Image:
         Raises OutOfRangeError past the end of the image, CorruptError where an entry on the way is damaged,
         ReadError where the operating system fails.
         """
-        if 0 <= offset <= self.size - length:
+        if 0 <= offset <= self.size - length <= self.size:
             window = self._windows.get(offset >> self._window_bits)
             if window is not None:
                 at = bisect_right(window.starts, offset) - 1
                 if window.kinds[at] == _DATA and offset + length <= window.ends[at]:
                     file = self.files[window.files[at]]
                     return file.pread(length, window.offsets[at] + offset - window.starts[at])
+        self._check_range(length, offset)  # before so much is allocated
         buffer = bytearray(length)
         self.readinto(buffer, offset)
         return bytes(buffer)

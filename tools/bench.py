@@ -186,7 +186,7 @@ def sequential(directory: Path, runs: int) -> Iterator[Row]:
 
 @case
 def random_reads(directory: Path, runs: int) -> Iterator[Row]:
-    """Random 4 KiB reads through the library, one image open: one that fits the cluster cache, and one 4 times it."""
+    """Random 4 KiB reads through the library: of an image that fits the cluster cache, and of one 4 times it."""
     from dissect.hypervisor.disk.qcow2 import QCow2
 
     cache = imgloop.Limits().cluster_cache // MIB

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from imgloop.formats.columns import Table
 from imgloop.formats.errors import FormatError, Where
 from imgloop.formats.qcow2 import schema
-from imgloop.formats.qcow2.header import Extension, Header, last_extension
+from imgloop.formats.qcow2.header import INT_MAX, Extension, Header, last_extension, needed_to_open
 from imgloop.formats.source import Source
 
 if TYPE_CHECKING:
@@ -91,8 +91,9 @@ def judged_bitmaps(
         if count == extension["nb_bitmaps"] + 1:
             yield None, bad("More bitmaps found than specified in header extension", at)
         entry = schema.record(schema.BitmapDirectoryEntry, directory[at : at + head])
-        end = at + head + entry["extra_data_size"] + entry["name_size"]
-        if end + 7 & ~7 > size:
+        length = head + entry["extra_data_size"] + entry["name_size"]
+        end = at + length
+        if length <= INT_MAX and end + 7 & ~7 > size:  # QEMU counts in an int; beyond, the next test refuses
             yield None, bad("Broken bitmap directory", at)
             return
         name = directory[end - entry["name_size"] : end].decode("utf-8", "surrogateescape")
@@ -147,10 +148,11 @@ def _check_table(source: Source, header: Header, bitmap: Bitmap, where: Where) -
     reason = os.strerror(22)
     per_cluster = header.cluster_size * 8 * bitmap.granularity  # guest bytes that a cluster of bits covers
     clusters = -(-header.virtual_size // per_cluster)
-    if bad_entries(read_bitmap_table(source, bitmap), header).any():
-        raise FormatError(
-            f"Could not read bitmap_table table from image for bitmap '{bitmap.name}': {reason}", where
-        )
+    unread = f"Could not read bitmap_table table from image for bitmap '{bitmap.name}'"
+    with needed_to_open(unread):
+        table = read_bitmap_table(source, bitmap)
+    if bad_entries(table, header).any():
+        raise FormatError(f"{unread}: {reason}", where)
     if bitmap.table_size != clusters:
         raise FormatError(f"Could not read bitmap '{bitmap.name}' from image: {reason}", where)
 

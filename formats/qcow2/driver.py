@@ -14,6 +14,7 @@ from imgloop.formats.qcow2.header import (
     bitmap_warning,
     extension_problems,
     last_extension,
+    needed_to_open,
     problems,
     promise_problems,
     read_backing_name,
@@ -63,7 +64,8 @@ class Qcow2(Driver):
         self.backing = Backing(name, recorded.text or None if recorded else None) if name else None
         self.snapshots: list[Snapshot] = []
         if purpose != "check":
-            self.snapshots = list(read_snapshots(source, header))
+            with needed_to_open("Failed to read snapshot table"):
+                self.snapshots = list(read_snapshots(source, header))
         self.bitmaps = self._load_bitmaps()
         for problem in size_problems(source, header):
             raise problem
@@ -87,9 +89,9 @@ class Qcow2(Driver):
 
     @property
     def data_file_name(self) -> str | None:
-        """The external data file's name as stored; None where the image has no data file, or no name for it."""
+        """The external data file's name as stored, None without one; it may stand there without being used."""
         found = last_extension(self.extensions, schema.DATA_FILE_NAME)
-        return found.text if found and self.header.has_data_file else None
+        return found.text if found else None
 
     def _open_data_file(self, open_data_file: OpenFile | None) -> None:
         if self.header.has_data_file:
@@ -102,7 +104,8 @@ class Qcow2(Driver):
         extension = bitmap_extension(self.extensions)
         if extension is None or not self.header.autoclear_features & schema.BITMAPS:
             return []
-        bitmaps = list(read_bitmaps(self.source, self.header, extension))
+        with needed_to_open("Failed to read bitmap directory"):
+            bitmaps = list(read_bitmaps(self.source, self.header, extension))
         check_bitmap_tables(self.source, self.header, bitmaps)
         return bitmaps
 

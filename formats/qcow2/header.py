@@ -6,14 +6,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
 from imgloop.formats.driver import SECTOR
-from imgloop.formats.errors import FormatError, Where
+from imgloop.formats.errors import FormatError, OpenError, ReadError, Where
 from imgloop.formats.qcow2 import schema
-from imgloop.formats.source import MAX_OFFSET, Source
+from imgloop.formats.source import MAX_LENGTH, MAX_OFFSET, Source
 from imgloop.formats.structures import c_string as c_string
 
 VERSIONS = (2, 3)
@@ -154,14 +157,23 @@ def read_extensions(source: Source, header: Header) -> tuple[list[Extension], in
         entry = schema.record(schema.ExtensionHeader, area[offset - base : offset - base + head])
         if offset > end - head:
             return found, offset
-        if entry["type"] == schema.END:
-            break
         if entry["length"] > end - offset - head:
             return found, offset
+        if entry["type"] == schema.END:
+            break
         first = offset - base + head
         found.append(Extension(offset, entry["type"], area[first : first + entry["length"]]))
         offset += head + (entry["length"] + 7 & ~7)
     return found, None
+
+
+@contextmanager
+def needed_to_open(failure: str) -> Iterator[None]:
+    """A read that fails in here keeps the image from being opened: `failure: reason`."""
+    try:
+        yield
+    except ReadError as error:
+        raise OpenError(f"{failure}: {os.strerror(error.errno)}", error.where) from error
 
 
 def last_extension(extensions: list[Extension], kind: int) -> Extension | None:
@@ -170,17 +182,20 @@ def last_extension(extensions: list[Extension], kind: int) -> Extension | None:
 
 
 def feature_names(extensions: list[Extension]) -> dict[tuple[int, int], str]:
-    """Names of feature bits, by type and bit, from the feature name table; it ends at an empty name."""
+    """Names of feature bits, by type and bit, from the feature name table; it ends at an empty name.
+
+    The first name of a bit counts, and a last row that is cut short as well.
+    """
     table = last_extension(extensions, schema.FEATURE_NAMES)
+    data = table.data if table else b""
     names: dict[tuple[int, int], str] = {}
     size = schema.FeatureName.sizeof()
-    for at in range(0, len(table.data) // size * size if table else 0, size):
-        assert table is not None
-        row = schema.record(schema.FeatureName, table.data[at : at + size])
+    for at in range(0, len(data), size):
+        row = schema.record(schema.FeatureName, data[at : at + size])
         name = c_string(row["name"])
         if not name:
             break
-        names[row["type"], row["bit"]] = name
+        names.setdefault((row["type"], row["bit"]), name)
     return names
 
 
@@ -303,6 +318,8 @@ def _table_problems(source: Source, header: Header, *, checking: bool) -> Iterat
     yield from _l1_problems(source, header)
     if header.crypt_method not in schema.CRYPT_METHODS:
         yield bad("crypt_method", f"Unsupported encryption method {header.crypt_method}")
+    if table_size and header.refcount_table_offset + table_size > MAX_LENGTH:
+        yield bad("refcount_table_offset", f"Could not initialize refcount handling: {os.strerror(errno.EIO)}")
 
 
 def _misplaced(header: Header, offset: int, size: int) -> bool:
@@ -320,6 +337,8 @@ def _l1_problems(source: Source, header: Header) -> Iterator[FormatError]:
         yield _bad(source, header, "size", "Image is too big")
     elif header.l1_size < header.l1_entries_needed:
         yield _bad(source, header, "l1_size", "L1 table is too small")
+    if header.l1_size and header.l1_table_offset + header.l1_size * schema.L1.size > MAX_LENGTH:
+        yield _bad(source, header, "l1_table_offset", f"Could not read L1 table: {os.strerror(errno.EIO)}")
 
 
 def extension_problems(source: Source, header: Header) -> Iterator[FormatError]:

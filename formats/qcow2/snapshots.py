@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from imgloop.formats.errors import FormatError, OpenError, Where
 from imgloop.formats.qcow2 import schema
 from imgloop.formats.qcow2.header import MAX_L1_ENTRIES, MAX_SNAPSHOTS, Header, c_string
-from imgloop.formats.source import Source
+from imgloop.formats.source import MAX_LENGTH, MAX_OFFSET, Source
 
 MAX_EXTRA_DATA = 1024  # bytes of extra data in an entry
 MAX_TABLE = 1024 * MAX_SNAPSHOTS  # bytes of the whole table
@@ -85,5 +85,10 @@ def check_l1(source: Source, header: Header, snapshot: Snapshot) -> None:
     where = Where(source.name, snapshot.offset, f"snapshot '{snapshot.name}'")
     if snapshot.l1_size > MAX_L1_ENTRIES:
         raise FormatError("Failed to load snapshot: Snapshot L1 table too large", where)
-    if snapshot.l1_table_offset % header.cluster_size:
+    table_end = snapshot.l1_table_offset + snapshot.l1_size * schema.L1.size
+    if snapshot.l1_table_offset % header.cluster_size or table_end > MAX_OFFSET:
         raise FormatError("Failed to load snapshot: Snapshot L1 table offset invalid", where)
+    if snapshot.l1_size and table_end > MAX_LENGTH:
+        raise FormatError("Failed to load snapshot: Failed to read l1 table for snapshot", where)
+    if snapshot.disk_size > MAX_OFFSET:
+        raise FormatError("Failed to load snapshot: Could not refresh total sector count: File too large", where)

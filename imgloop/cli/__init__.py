@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
+from io import TextIOWrapper
 
 import click
 
@@ -80,11 +81,16 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code. Every error is one line on stderr, and none a traceback."""
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when the reader of a pipe has left
+    for stream in (sys.stdout, sys.stderr):
+        # names come from strangers: they leave as the bytes that they were, and never end in an encoding error
+        if isinstance(stream, TextIOWrapper):
+            utf8 = stream.encoding.lower().replace("-", "") == "utf8"
+            stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
     return run(args)
 
 
 def run(args: Sequence[str] | None = None) -> int:
-    """`main` without touching the process's signals."""
+    """`main` without touching the process's signals and streams."""
     try:
         code = imgloop.main(args=args, prog_name="imgloop", standalone_mode=False)
         sys.stdout.flush()

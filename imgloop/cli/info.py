@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 import click
 
-from imgloop.cli.options import file_argument, image_options, output_option, warn
+from imgloop.cli.options import file_argument, image_options, output_option, print_json, warn
 from imgloop.gate import Gate
 from imgloop.image import open_layers
 from imgloop.info import layer_info
@@ -43,7 +42,7 @@ def info(
         if not backing_chain:
             break
     if output == "json":
-        click.echo(json.dumps(found if backing_chain else found[0], indent=4))
+        print_json(found if backing_chain else found[0])
     else:
         click.echo("\n\n".join("\n".join(lines(one)) for one in found))
 

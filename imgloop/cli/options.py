@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -63,6 +64,12 @@ def warn(messages: tuple[str, ...]) -> None:
     """Warnings on stderr; they do not change the exit code."""
     for message in messages:
         click.echo(f"imgloop: warning: {message}", err=True)
+
+
+def print_json(value: Any) -> None:
+    """JSON on stdout; of names, what is not UTF-8 becomes U+FFFD, as in QEMU's."""
+    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    click.echo(json.dumps(json.loads(text), indent=4))
 
 
 def one_file(ctx: click.Context, _param: click.Parameter, value: tuple[str, ...]) -> str:

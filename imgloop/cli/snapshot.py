@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 import imgloop
 from imgloop.cli.info import snapshot_table
-from imgloop.cli.options import file_argument, image_options, output_option, warn
+from imgloop.cli.options import file_argument, image_options, output_option, print_json, warn
 from imgloop.gate import Gate
 
 
@@ -34,6 +32,6 @@ def snapshot(
         warn(image.warnings)
         found = image.info().get("snapshots", [])
     if output == "json":
-        click.echo(json.dumps(found, indent=4))
+        print_json(found)
     elif found:
         click.echo("Snapshot list:\n" + "\n".join(snapshot_table(found)))
