@@ -34,9 +34,9 @@ def explain(
 ) -> None:
     """Explain one place of FILE.
 
-    With --host, everything that claims that cluster of the file: tables, entries, snapshots, bitmaps. With --guest,
-    the entries from the guest's offset down to the byte in a file, through the backing chain. Offsets are in
-    bytes: 4096, 4k, 1M, 8s (sectors).
+    With --host, everything that claims that cluster of the file: tables, entries, snapshots, bitmaps. With
+    --guest, the entries from the guest's offset down to the byte in a file, through the backing chain. Offsets
+    are in bytes: 4096, 4k, 1M, 8s (sectors).
     """
     if (host is None) == (guest is None):
         raise UsageError("Either --host or --guest must be given")
@@ -77,8 +77,8 @@ def _guest(
 
 def host_lines(found: dict[str, Any]) -> Iterator[str]:
     """Who claims a host cluster, for people."""
-    start = found["cluster"] * found["cluster-size"]
-    yield f"host offset {found['host']:#x} is in cluster {found['cluster']} ({start:#x}+{found['cluster-size']:#x})"
+    number, size = found["cluster"], found["cluster-size"]
+    yield f"host offset {found['host']:#x} is in cluster {number} ({number * size:#x}+{size:#x})"
     if not found["in-file"]:
         yield "it is past the end of the file"
     yield f"refcount {found['refcount']}, claims {found['claims']}"
@@ -126,11 +126,8 @@ def _path_lines(path: dict[str, Any]) -> Iterator[str]:
     yield f"    L1[{path['l1-index']}] at {l1['offset']:#x}: {l1['entry']:#018x}, L2 table at {l1['table']:#x}"
     if "l2" in path:
         l2 = path["l2"]
-        rest = ", ".join(
-            f"{name.replace('_', ' ')} {value:#x}"
-            if isinstance(value, int) and not isinstance(value, bool)
-            else name
-            for name, value in l2.items()
-            if name not in ("offset", "entry") and value is not False
-        )
+        fields = {name: value for name, value in l2.items() if name not in ("offset", "entry")}
+        flags = [name for name, value in fields.items() if value is True]
+        numbers = [f"{name.replace('_', ' ')} {value:#x}" for name, value in fields.items() if type(value) is int]
+        rest = ", ".join(flags + numbers)
         yield f"    L2[{path['l2-index']}] at {l2['offset']:#x}: {l2['entry']:#018x}, {rest}"
