@@ -29,7 +29,7 @@ from imgloop.formats.qcow2.claims import (
     l2_batches,
 )
 from imgloop.formats.qcow2.counts import PAGE, Counts
-from imgloop.formats.qcow2.entries import ENTRY_CODES, Rows, Walk, claims_on, entries_of, row_events
+from imgloop.formats.qcow2.entries import ENTRY_CODES, Rows, Walk, claims_on, entries_of, in_order, row_events
 from imgloop.formats.qcow2.header import Extension, Header
 from imgloop.formats.qcow2.stored import StoredRefcounts
 from imgloop.formats.source import Source
@@ -252,8 +252,7 @@ class Check:
                 claims_on(self.layout, batch, self.suspects)
                 for batch in l2_batches(self.source, self.header, self.tables)
             ]
-            merged = np.concatenate([self.rows, *rows])
-            self.rows = merged[np.lexsort((merged["first"], merged["code"], merged["index"], merged["table"]))]
+            self.rows = in_order([self.rows, *rows])
 
     def _overflowing(self, first: int, last: int) -> Iterator[Event]:
         """The events of a claim on clusters first to last, if any of them has had too many."""
@@ -298,6 +297,7 @@ class Check:
             if start >= end - first:
                 break
             refcount = min(level, self.maximum)
+            self.at_most_one &= level <= 1
             if window is None:
                 if refcount:
                     return False
@@ -307,10 +307,14 @@ class Check:
 
     def _compare(self) -> None:
         self.differing: list[int] = []  # pages
+        self.at_most_one = (
+            not self.stored.unreadable.any()
+        )  # whether no cluster has two claims, as far as is known
         pages = self._pages()
         for page in pages:
             if self._agrees(page):
                 continue
+            self.at_most_one = False
             stored, claims, readable = self._columns(page)
             low, leaked = (stored < claims) & readable, (stored > claims) & readable
             self._tell("REFCOUNT_TOO_LOW", int(np.count_nonzero(low)))
@@ -362,6 +366,10 @@ class Check:
         self.flagged = slots[wrong]  # slots with a wrong flag of their own
         # QEMU does not look into a table whose own refcount it cannot find
         self.unread = ~readable | (self.tables.offset == 0)
+        late = self.walk.compare_run_flags(not self.differing and self.at_most_one)
+        if len(late):
+            self.counts["DATA_COPIED_FLAG"] += int(self.tables.active[late["table"]].sum())
+            self.rows = in_order([self.rows, late])
         flags = self.rows["code"] == ENTRY_CODES.index("DATA_COPIED_FLAG")
         hidden = flags & self.unread[self.rows["table"]]
         if hidden.any():

@@ -30,7 +30,7 @@ from imgloop.formats.qcow2.snapshots import Snapshot, read_snapshots
 from imgloop.formats.qcow2.stored import READ_LIMIT, holding_data, read_all
 from imgloop.formats.source import MAX_OFFSET, Source
 
-BATCH = 1 << 22  # bytes of L2 tables looked at together
+BATCH = 1 << 20  # bytes of L2 tables looked at together: as much as fits a processor's cache
 PIECE = 1 << 23  # bytes of other tables read at a time
 MIN_EXTRA_DATA = 16  # bytes that version 3 demands of a snapshot's entry
 ENTRY = schema.L1.size

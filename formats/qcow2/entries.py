@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from imgloop.formats.findings import RULES, Event
 from imgloop.formats.qcow2 import schema
-from imgloop.formats.qcow2.claims import Batch, Layout, Numbers, Tables, Words
+from imgloop.formats.qcow2.claims import Batch, Layout, Numbers, Tables, Words, l2_batches
 from imgloop.formats.qcow2.counts import Counts
 from imgloop.formats.qcow2.stored import StoredRefcounts
 
@@ -145,6 +145,7 @@ class Walk:
     last: int = -1  # the last host cluster claimed
     data_end: int = 0  # where the last cluster in a data file ends (bytes)
     rows: list[Rows] = field(default_factory=list)
+    runs: list[tuple[Numbers, Words]] = field(default_factory=list)  # tables that map one run: number, first entry
 
     def add(self, batch: Batch) -> None:
         """Look at a batch of tables."""
@@ -154,8 +155,7 @@ class Walk:
 
     def found(self) -> Rows:
         """All notes, in QEMU's order within each table."""
-        rows = np.concatenate([np.zeros(0, dtype=ROW), *self.rows])
-        return rows[np.lexsort((rows["first"], rows["code"], rows["index"], rows["table"]))]
+        return in_order([np.zeros(0, dtype=ROW), *self.rows])
 
     # --- tables whose entries count up: nothing to look at but both ends ---
 
@@ -174,27 +174,39 @@ class Walk:
             return none
         some = entry if plain.all() else entry[plain]
         plain[plain] = (some[:, 1:] - some[:, :-1] == size).all(axis=1)
-        plain[plain] = self._flags_fit(batch, plain)
         self._count_runs(batch.number[plain], first[plain])
+        self.runs.append((batch.number[plain], first[plain]))
         return plain
 
-    def _flags_fit(self, batch: Batch, which: NDArray[np.bool_]) -> list[bool]:
-        """Whether the COPIED flags of runs agree with the refcounts, all alike."""
+    def compare_run_flags(self, all_one: bool) -> Rows:
+        """Notes on the COPIED flags of tables that map one run, which were put off until now.
+
+        `all_one` says that every refcount is known to be 0 or 1 and right: then flags that are set are right.
+        """
+        wrong = [np.zeros(0, dtype=np.int64)]
+        for number, word in self.runs:
+            active = self.tables.active[number] > 0
+            number, word = number[active], word[active]
+            if not all_one or not (word & _COPIED != 0).all():
+                fits = [self._flag_fits(entry) for entry in word.tolist()]
+                wrong.append(number[~np.array(fits, dtype=bool)])
+        before, self.rows = self.rows, []
+        for batch in l2_batches(self.layout.source, self.layout.header, self.tables, np.concatenate(wrong)):
+            entries = entries_of(self.layout, batch)
+            self._compare_flags(entries, entries.offset)
+        after, self.rows = self.rows, before
+        return np.concatenate([np.zeros(0, dtype=ROW), *after])
+
+    def _flag_fits(self, word: int) -> bool:
+        """Whether the COPIED flag of a run of clusters, given by its first entry, is right for all of them."""
+        first = (word & _OFFSET) >> self.layout.header.cluster_bits
         if self.stored.unreadable.any():
-            return [False] * int(which.sum())
-        fit = []
-        count, bits = batch.entry.shape[1], self.layout.header.cluster_bits
-        for number, word in zip(batch.number[which].tolist(), batch.entry[which, 0].tolist(), strict=True):
-            first = (word & _OFFSET) >> bits
-            refcounts = self.stored.window(first, first + count) if self.tables.active[number] else None
-            if not self.tables.active[number]:
-                fit.append(True)
-            elif refcounts is None:
-                fit.append(not word & _COPIED)
-            else:
-                ones = refcounts == 1
-                fit.append(bool(ones.all() if word & _COPIED else not ones.any()))
-        return fit
+            return False
+        refcounts = self.stored.window(first, first + self.layout.header.l2_entries)
+        if refcounts is None:
+            return not word & _COPIED
+        ones = refcounts == 1
+        return bool(ones.all() if word & _COPIED else not ones.any())
 
     def _count_runs(self, number: Numbers, first: Words) -> None:
         start = (first & _OFFSET).astype(np.int64) >> self.layout.header.cluster_bits
@@ -364,6 +376,12 @@ class Walk:
             wrong &= self.stored.readable(clusters)
             some = entries.pick(wrong)
             self._note("DATA_COPIED_FLAG", some, some.word, refcounts[wrong].astype(np.uint64))
+
+
+def in_order(parts: list[Rows]) -> Rows:
+    """Notes as QEMU makes them: table by table, entry by entry."""
+    rows = np.concatenate(parts)
+    return rows[np.lexsort((rows["first"], rows["code"], rows["index"], rows["table"]))]
 
 
 def row_events(rows: Rows, table: int, view: int, l1_index: int) -> Iterator[Event]:

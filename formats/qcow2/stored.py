@@ -15,7 +15,7 @@ from imgloop.formats.qcow2.refcounts import entries_per_block, refcount_table
 from imgloop.formats.source import Source
 
 READ_LIMIT = (1 << 63) - (1 << 30)  # bytes; QEMU reads nothing past it
-BATCH = 1 << 22  # bytes read at a time
+BATCH = 1 << 20  # bytes read at a time
 
 Refcounts = NDArray[np.unsignedinteger]
 
