@@ -363,6 +363,11 @@ _OWN_RULES = (
         "compare both with a backup; convert copies each, after which they are apart again",
     ),
     _own(
+        "L2_TABLES_NOT_FOLLOWED", "warning", "Too many overlapping L2 tables",
+        "%d L2 tables that are not at a cluster's start were not looked into", "tables",
+        "none beyond that of such tables: their guest data cannot be read", _REWRITE,
+    ),
+    _own(
         "ZERO_FLAG_IN_V2", "corruption", "A zero flag in a version 2 image",
         "L2 entry %x has the zero flag, which version 2 does not have", "entry",
         "the cluster cannot be read", "qemu-img amend -o compat=1.1, after which it reads as zeros",

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from imgloop.formats.findings import OWN_CODES, RULES, Event, total
+from imgloop.formats.findings import RULES, Event, total
 from imgloop.formats.qcow2 import schema
 from imgloop.formats.qcow2.bitmaps import Bitmap
 from imgloop.formats.qcow2.claims import (
@@ -29,15 +29,24 @@ from imgloop.formats.qcow2.claims import (
     l2_batches,
 )
 from imgloop.formats.qcow2.counts import PAGE, Counts
-from imgloop.formats.qcow2.entries import ENTRY_CODES, Rows, Walk, claims_on, entries_of, in_order, row_events
+from imgloop.formats.qcow2.entries import (
+    COUNTED,
+    ENTRY_CODES,
+    ROW,
+    Rows,
+    Walk,
+    claims_on,
+    entries_of,
+    notes_on,
+    row_events,
+)
 from imgloop.formats.qcow2.header import Extension, Header
 from imgloop.formats.qcow2.stored import StoredRefcounts
 from imgloop.formats.source import Source
 
 _COPIED = schema.L1["copied"].bits
 _L1_RESERVED = schema.L1["reserved_high"].bits | schema.L1["reserved_low"].bits
-_LATE = frozenset(("DATA_COPIED_FLAG", "ZERO_FLAG_IN_V2", "DATA_FILE_OFFSET", "DATA_TRUNCATED"))
-_IN_WALK = [number for number, code in enumerate(ENTRY_CODES) if code not in _LATE]
+_FLAGS = frozenset(("DATA_COPIED_FLAG",))
 
 
 class Check:
@@ -61,6 +70,7 @@ class Check:
         self.clusters = 0  # host clusters that are compared
         self.highest = 0  # the last one that is used
         self._signalled = False
+        self._last_notes: tuple[int, Rows] = (-1, np.zeros(0, dtype=ROW))
         self.suspects = np.zeros(0, dtype=np.int64)  # clusters with more claims than a refcount holds
         self._walk_tables()
         self._count_structures()
@@ -119,18 +129,11 @@ class Check:
         return [one for one in self.structures if isinstance(one, L1Table)]
 
     def _walk_tables(self) -> None:
-        self.slots, self.tables = below(self.source, self.l1_tables)
+        self.slots, self.tables = below(self.source, self.header, self.l1_tables)
         self.walk = Walk(self.layout, self.tables, self.stored, self.total, self.data)
         for batch in l2_batches(self.source, self.header, self.tables):
             self.walk.add(batch)
-        self.rows = self.walk.found()
-        active = np.isin(self.rows["code"], [ENTRY_CODES.index(code) for code in _LATE])
-        named = np.where(active, self.tables.active[self.rows["table"]], self.tables.named[self.rows["table"]])
-        if self.failure is None or not active.all():
-            for number, code in enumerate(ENTRY_CODES):
-                times = int(named[self.rows["code"] == number].sum())
-                if times and not (self.failure is not None and code in _LATE) and code not in OWN_CODES:
-                    self.counts[code] += times
+        self.counts.update({code: times for code, times in self.walk.tally.items() if code in COUNTED})
         reserved = self.slots.entry & _L1_RESERVED != 0
         self._tell("L1_ENTRY_RESERVED_BITS", int(self.slots.views[reserved].sum()))
         self.unaligned = self.tables.offset % self.header.cluster_size != 0
@@ -248,11 +251,22 @@ class Check:
         if found:
             self.suspects = np.concatenate(found)
             self._seen: Tally[int] = Tally()
-            rows = [
-                claims_on(self.layout, batch, self.suspects)
-                for batch in l2_batches(self.source, self.header, self.tables)
-            ]
-            self.rows = in_order([self.rows, *rows])
+            bit = np.uint32(1 << ENTRY_CODES.index("REFCOUNT_OVERFLOW"))
+            for batch in l2_batches(self.source, self.header, self.tables):
+                claims = claims_on(self.layout, batch, self.suspects)
+                self.walk.noted[np.unique(claims["table"])] |= bit
+
+    def notes(self, table: int) -> Rows:
+        """What is wrong with the entries of an L2 table, and which of them claim a cluster too many."""
+        if self._last_notes[0] != table:
+            self._last_notes = (table, notes_on(self.walk, table, self.suspects))
+        return self._last_notes[1]
+
+    def tables_with(self, codes: frozenset[str]) -> NDArray[np.bool_]:
+        """The L2 tables with notes of some codes."""
+        bits = sum(1 << number for number, code in enumerate(ENTRY_CODES) if code in codes)
+        found: NDArray[np.bool_] = self.walk.noted & np.uint32(bits) != 0
+        return found
 
     def _overflowing(self, first: int, last: int) -> Iterator[Event]:
         """The events of a claim on clusters first to last, if any of them has had too many."""
@@ -364,26 +378,17 @@ class Check:
         wrong = looked_at & ((self.table_refcounts[table] == 1) != copied)
         self._tell("L2_COPIED_FLAG", int(np.count_nonzero(wrong)))
         self.flagged = slots[wrong]  # slots with a wrong flag of their own
-        # QEMU does not look into a table whose own refcount it cannot find
-        self.unread = ~readable | (self.tables.offset == 0)
-        late = self.walk.compare_run_flags(not self.differing and self.at_most_one)
-        if len(late):
-            self.counts["DATA_COPIED_FLAG"] += int(self.tables.active[late["table"]].sum())
-            self.rows = in_order([self.rows, late])
-        flags = self.rows["code"] == ENTRY_CODES.index("DATA_COPIED_FLAG")
-        hidden = flags & self.unread[self.rows["table"]]
-        if hidden.any():
-            self.counts["DATA_COPIED_FLAG"] -= int(self.tables.active[self.rows["table"][hidden]].sum())
-            self.rows = self.rows[~hidden]
+        self.walk.compare_run_flags(not self.differing and self.at_most_one)
+        self._tell("DATA_COPIED_FLAG", self.walk.tally["DATA_COPIED_FLAG"])
 
     def _flag_events(self) -> Iterator[Event]:
         if not self.slots.active.any():
             return
-        rows = self.rows[self.rows["code"] == ENTRY_CODES.index("DATA_COPIED_FLAG")]
         visited = np.zeros(len(self.slots.entry), dtype=bool)
         visited[self.flagged] = True
         own = visited.copy()
-        visited |= np.isin(self.slots.table, rows["table"])
+        noted = self.tables_with(_FLAGS)
+        visited |= noted[self.slots.table]
         if not self._signalled and self.stored.unaligned[self.clusters // self.stored.per_block :].any():
             visited[:] = True  # any look-up past the end of the file may be the one that QEMU complains of
         base = self.l1_tables[0].offset
@@ -394,14 +399,15 @@ class Check:
             if own[slot]:
                 values = (l1_index, int(self.slots.entry[slot]), int(self.table_refcounts[table]))
                 yield Event("L2_COPIED_FLAG", values, 0, l1_index)
-            yield from row_events(rows, table, 0, l1_index)
+            if noted[table]:
+                yield from row_events(self.notes(table), _FLAGS, 0, l1_index)
 
     def _look_ups(self, table: int) -> Iterator[Event]:
         """The complaint of QEMU's look-ups for a table and what it names, if they are the first to meet one."""
         if not self.tables.offset[table]:
             return
         yield from self._signal(int(self.tables.offset[table]) >> self.header.cluster_bits)
-        if self.unread[table] or self.header.has_data_file:
+        if not self.walk.flagged[table] or self.header.has_data_file:
             return
         for batch in l2_batches(self.source, self.header, self.tables, np.array([table])):
             entries = entries_of(self.layout, batch)
@@ -445,19 +451,17 @@ class Check:
             yield Event("REGION_PAST_END", (region.offset, region.size), view, l1_index)
 
     @cached_property
-    def _noted(self) -> tuple[Rows, NDArray[np.bool_], NDArray[np.bool_]]:
-        """The rows of the walk, which tables have any (or are wrong themselves), and which slots lead to such."""
-        rows = self.rows[np.isin(self.rows["code"], _IN_WALK)]
-        tables = self.unaligned | self.outside
-        tables[rows["table"]] = True
+    def _noted(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Which L2 tables QEMU has something to say of, and which slots lead to such."""
+        tables = self.unaligned | self.outside | self.tables_with(COUNTED)
         if len(self.suspects):
             first, last = self._clusters_of(self.tables.offset, self.header.cluster_size)
             tables |= np.searchsorted(self.suspects, first) < np.searchsorted(self.suspects, last, side="right")
-        slots = tables[self.slots.table] | (self.slots.entry & _L1_RESERVED != 0)
-        return rows, tables, slots
+        return tables, tables[self.slots.table] | (self.slots.entry & _L1_RESERVED != 0)
 
     def _below(self, l1: L1Table) -> Iterator[Event]:
-        rows, tables, slots = self._noted
+        tables, slots = self._noted
+        entries = self.tables_with(COUNTED)
         part = self.slots.of(l1)
         for slot in (np.flatnonzero(slots[part]) + part.start).tolist():
             index = (int(self.slots.position[slot]) - l1.offset) // 8
@@ -470,7 +474,9 @@ class Check:
             yield from self._region_events(Region("L2 table", offset, self.header.cluster_size), l1.view, index)
             if self.unaligned[table]:
                 yield Event("L2_TABLE_UNALIGNED", (offset,), l1.view, index)
-            for event in row_events(rows, table, l1.view, index):
+            if not entries[table]:
+                continue
+            for event in row_events(self.notes(table), COUNTED, l1.view, index):
                 if event.code == "REFCOUNT_OVERFLOW":
                     (cluster,) = event.values
                     for overflow in self._overflowing(int(cluster), int(cluster)):

@@ -32,6 +32,7 @@ from imgloop.formats.source import MAX_OFFSET, Source
 
 BATCH = 1 << 20  # bytes of L2 tables looked at together: as much as fits a processor's cache
 PIECE = 1 << 23  # bytes of other tables read at a time
+MOST_ASTRAY = 1 << 30  # bytes of L2 tables that are not at a cluster's start; those behind are not followed
 MIN_EXTRA_DATA = 16  # bytes that version 3 demands of a snapshot's entry
 ENTRY = schema.L1.size
 
@@ -269,15 +270,19 @@ class Tables:
 
     `named` is how often, over all L1 tables; `active` how often by the active one, `first` the active L1 entry
     that names it first (-1: none).
+
+    Tables at impossible places may overlap, and a small file can name very many of those: only so many are
+    `followed`, which all sound tables are.
     """
 
     offset: Numbers
     named: Numbers
     active: Numbers
     first: Numbers
+    followed: NDArray[np.bool_]
 
 
-def below(source: Source, tables: list[L1Table]) -> tuple[Slots, Tables]:
+def below(source: Source, header: Header, tables: list[L1Table]) -> tuple[Slots, Tables]:
     """What lies below some L1 tables."""
     position, entry, views, active = _slots(source, tables)
     offset = schema.L1["offset"].of(entry).astype(np.int64)
@@ -290,7 +295,9 @@ def below(source: Source, tables: list[L1Table]) -> tuple[Slots, Tables]:
     if active.any():
         mine = np.flatnonzero(active)[::-1]  # the first one is written last
         first[number[mine]] = (position[mine] - tables[0].offset) // ENTRY
-    return Slots(position, entry, views, active, number), Tables(unique, named, of_active, first)
+    astray = unique % header.cluster_size != 0
+    followed = ~astray | (np.cumsum(astray) * header.cluster_size <= MOST_ASTRAY)
+    return Slots(position, entry, views, active, number), Tables(unique, named, of_active, first, followed)
 
 
 def _slots(source: Source, tables: list[L1Table]) -> tuple[Numbers, Words, Numbers, NDArray[np.bool_]]:
@@ -336,6 +343,7 @@ def l2_batches(source: Source, header: Header, tables: Tables, wanted: Numbers |
     the next batch is asked for.
     """
     number = np.arange(len(tables.offset)) if wanted is None else wanted
+    number = number[tables.followed[number]]
     number = number[holding_data(source, tables.offset[number], header.cluster_size)]
     size, words = header.cluster_size, header.l2_entry_size // 8
     step = max(1, BATCH // size)

@@ -5,6 +5,7 @@ The rules and their order are QEMU's (check_refcounts_l2, check_oflag_copied).
 
 from __future__ import annotations
 
+from collections import Counter as Tally
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,10 @@ ENTRY_CODES = (
     "DATA_FILE_OFFSET",
     "DATA_TRUNCATED",
 )
+# Of these, what concerns the active image only; the first belongs to the last step of QEMU's check, the others are
+# ours.
+LATE = frozenset(ENTRY_CODES[ENTRY_CODES.index("DATA_COPIED_FLAG") :])
+COUNTED = frozenset(ENTRY_CODES) - LATE
 ROW = np.dtype(
     [("table", np.int64), ("index", np.int32), ("code", np.uint8), ("first", np.uint64), ("second", np.uint64)]
 )
@@ -132,30 +137,37 @@ def claimed(
 
 @dataclass
 class Walk:
-    """A walk over all L2 tables: sums the claims, and notes what is wrong with which entry."""
+    """A walk over all L2 tables: sums the claims, and counts what is wrong with their entries.
+
+    What is wrong is not kept, only how often (`tally`) and with which tables (`noted`, a bit for each of
+    ENTRY_CODES); `notes_on` looks at one of those tables again.
+    """
 
     layout: Layout
     tables: Tables
     stored: StoredRefcounts
     total: Counts  # all claims
     data: Counts | None  # claims of the active image's uncompressed clusters, if they are to be told apart
+    rows: list[Rows] | None = None  # where notes are kept, if they are to be
     allocated: int = 0
     compressed: int = 0
     fragmented: int = 0
     last: int = -1  # the last host cluster claimed
     data_end: int = 0  # where the last cluster in a data file ends (bytes)
-    rows: list[Rows] = field(default_factory=list)
     runs: list[tuple[Numbers, Words]] = field(default_factory=list)  # tables that map one run: number, first entry
+    tally: Tally[str] = field(default_factory=Tally)
+
+    def __post_init__(self) -> None:
+        self.noted = np.zeros(len(self.tables.offset), dtype=np.uint32)
+        # QEMU does not look for COPIED flags in a table whose own refcount it cannot find
+        clusters = self.tables.offset >> self.layout.header.cluster_bits
+        self.flagged = (self.tables.active > 0) & (self.tables.offset != 0) & self.stored.readable(clusters)
 
     def add(self, batch: Batch) -> None:
         """Look at a batch of tables."""
         full = self._full_runs(batch)
         if not full.all():
-            self._sift(entries_of(self.layout, batch, ~full if full.any() else None))
-
-    def found(self) -> Rows:
-        """All notes, in QEMU's order within each table."""
-        return in_order([np.zeros(0, dtype=ROW), *self.rows])
+            self.sift(entries_of(self.layout, batch, ~full if full.any() else None))
 
     # --- tables whose entries count up: nothing to look at but both ends ---
 
@@ -178,8 +190,8 @@ class Walk:
         self.runs.append((batch.number[plain], first[plain]))
         return plain
 
-    def compare_run_flags(self, all_one: bool) -> Rows:
-        """Notes on the COPIED flags of tables that map one run, which were put off until now.
+    def compare_run_flags(self, all_one: bool) -> None:
+        """Look at the COPIED flags of tables that map one run, which was put off until now.
 
         `all_one` says that every refcount is known to be 0 or 1 and right: then flags that are set are right.
         """
@@ -190,12 +202,9 @@ class Walk:
             if not all_one or not (word & _COPIED != 0).all():
                 fits = [self._flag_fits(entry) for entry in word.tolist()]
                 wrong.append(number[~np.array(fits, dtype=bool)])
-        before, self.rows = self.rows, []
         for batch in l2_batches(self.layout.source, self.layout.header, self.tables, np.concatenate(wrong)):
             entries = entries_of(self.layout, batch)
             self._compare_flags(entries, entries.offset)
-        after, self.rows = self.rows, before
-        return np.concatenate([np.zeros(0, dtype=ROW), *after])
 
     def _flag_fits(self, word: int) -> bool:
         """Whether the COPIED flag of a run of clusters, given by its first entry, is right for all of them."""
@@ -222,15 +231,21 @@ class Walk:
     # --- any tables ---
 
     def _note(self, code: str, entries: Entries, first: NDArray[Any], second: NDArray[Any] | None = None) -> None:
-        if len(entries.word):
+        if not len(entries.word):
+            return
+        number = ENTRY_CODES.index(code)
+        times = self.tables.active if code in LATE else self.tables.named
+        self.tally[code] += int(times[entries.table].sum())
+        self.noted[np.unique(entries.table)] |= np.uint32(1 << number)
+        if self.rows is not None:
             rows = np.zeros(len(entries.word), dtype=ROW)
-            rows["table"], rows["index"] = entries.table, entries.index
-            rows["code"] = ENTRY_CODES.index(code)
+            rows["table"], rows["index"], rows["code"] = entries.table, entries.index, number
             rows["first"] = first
             rows["second"] = 0 if second is None else second
             self.rows.append(rows)
 
-    def _sift(self, entries: Entries) -> None:
+    def sift(self, entries: Entries) -> None:
+        """Look at entries one and all."""
         if not len(entries.word):
             return
         reserved = (entries.word & _RESERVED != 0) & ~entries.compressed
@@ -360,7 +375,7 @@ class Walk:
 
     def _compare_flags(self, entries: Entries, offset: Numbers) -> None:
         """The COPIED flag must say whether the stored refcount is exactly one."""
-        active = (self.tables.active[entries.table] > 0) & (self.tables.offset[entries.table] != 0)
+        active = self.flagged[entries.table]
         if not active.any():
             return
         copied = entries.word & _COPIED != 0
@@ -384,12 +399,23 @@ def in_order(parts: list[Rows]) -> Rows:
     return rows[np.lexsort((rows["first"], rows["code"], rows["index"], rows["table"]))]
 
 
-def row_events(rows: Rows, table: int, view: int, l1_index: int) -> Iterator[Event]:
-    """The events of the notes on one L2 table, as met by way of an L1 entry."""
-    low, high = np.searchsorted(rows["table"], (table, table + 1))
-    for _, l2_index, number, first, second in rows[low:high].tolist():
+def notes_on(walk: Walk, table: int, suspects: Numbers) -> Rows:
+    """What is wrong with the entries of one L2 table, and which of them claim clusters in `suspects`."""
+    again = Walk(walk.layout, walk.tables, walk.stored, Counts(), None, rows=[])
+    assert again.rows is not None
+    for batch in l2_batches(walk.layout.source, walk.layout.header, walk.tables, np.array([table])):
+        again.sift(entries_of(walk.layout, batch))
+        if len(suspects):
+            again.rows.append(claims_on(walk.layout, batch, suspects))
+    return in_order([np.zeros(0, dtype=ROW), *again.rows])
+
+
+def row_events(rows: Rows, codes: frozenset[str], view: int, l1_index: int) -> Iterator[Event]:
+    """The events of some codes among the notes on one L2 table, as met by way of an L1 entry."""
+    for _, l2_index, number, first, second in rows.tolist():
         code = ENTRY_CODES[number]
-        yield Event(code, (first, second)[: len(RULES[code].fields)], view, l1_index, l2_index)
+        if code in codes:
+            yield Event(code, (first, second)[: len(RULES[code].fields)], view, l1_index, l2_index)
 
 
 def claims_on(layout: Layout, batch: Batch, wanted: Numbers) -> Rows:

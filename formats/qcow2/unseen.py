@@ -14,9 +14,9 @@ from imgloop.formats.qcow2.bitmaps import bitmap_extension
 from imgloop.formats.qcow2.check import Check
 from imgloop.formats.qcow2.claims import BitmapTable, L1Table, Numbers, Region, l2_batches
 from imgloop.formats.qcow2.counts import PAGE
-from imgloop.formats.qcow2.entries import ENTRY_CODES, claims_on, row_events
+from imgloop.formats.qcow2.entries import claims_on, row_events
 
-ROW_CODES = ("ZERO_FLAG_IN_V2", "DATA_FILE_OFFSET", "DATA_TRUNCATED")
+ROW_CODES = frozenset(("ZERO_FLAG_IN_V2", "DATA_FILE_OFFSET", "DATA_TRUNCATED"))
 
 
 class Unseen:
@@ -28,7 +28,13 @@ class Unseen:
 
     def __init__(self, check: Check, data_size: int | None = None) -> None:
         self.check = check
-        self.few = [*self._header(), *self._bitmaps(), *self._truncated(), *self._data_file(data_size)]
+        self.few = [
+            *self._header(),
+            *self._not_followed(),
+            *self._bitmaps(),
+            *self._truncated(),
+            *self._data_file(data_size),
+        ]
         if check.failure is None:
             self.few += self._past_end()
             self._find_overlaps()
@@ -46,10 +52,8 @@ class Unseen:
             if len(found):
                 self.counts[code] = len(found)
         for code in ROW_CODES:
-            rows = check.rows[check.rows["code"] == ENTRY_CODES.index(code)]
-            times = int(check.tables.active[rows["table"]].sum())
-            if times:
-                self.counts[code] = times
+            if check.walk.tally[code]:
+                self.counts[code] = check.walk.tally[code]
 
     def events(self) -> Iterator[Event]:
         """All findings of our own."""
@@ -67,14 +71,10 @@ class Unseen:
 
     def _row_events(self) -> Iterator[Event]:
         check = self.check
-        numbers = [ENTRY_CODES.index(code) for code in ROW_CODES]
-        rows = check.rows[np.isin(check.rows["code"], numbers)]
-        if not len(rows):
-            return
-        slots = np.isin(check.slots.table, rows["table"]) & check.slots.active
-        for slot in np.flatnonzero(slots).tolist():
+        noted = check.tables_with(ROW_CODES)
+        for slot in np.flatnonzero(noted[check.slots.table] & check.slots.active).tolist():
             l1_index = (int(check.slots.position[slot]) - check.l1_tables[0].offset) // 8
-            yield from row_events(rows, int(check.slots.table[slot]), 0, l1_index)
+            yield from row_events(check.notes(int(check.slots.table[slot])), ROW_CODES, 0, l1_index)
 
     # --- the header and what it leads to ---
 
@@ -84,6 +84,11 @@ class Unseen:
             yield Event("CORRUPT")
         if header.incompatible_features & schema.DIRTY:
             yield Event("DIRTY")
+
+    def _not_followed(self) -> Iterator[Event]:
+        tables = int(np.count_nonzero(~self.check.tables.followed))
+        if tables:
+            yield Event("L2_TABLES_NOT_FOLLOWED", (tables,))
 
     def _bitmaps(self) -> Iterator[Event]:
         layout = self.check.layout

@@ -16,7 +16,7 @@ from imgloop.gate import Gate
 from imgloop.report import LIMIT, UNSUPPORTED, CheckReport
 from imgloop.verify import check as check_image
 
-LINES = 1 << 20  # of qemu-img's diagnostics, at most
+LINES = 1 << 17  # of qemu-img's diagnostics, at most, unless --limit is more
 BLOCK = 1 << 12  # lines written at a time
 
 
@@ -121,7 +121,7 @@ def _say(report: CheckReport, output: str, quiet: bool, limit: int) -> int:
     if report.exit_code == 63:
         say(UNSUPPORTED)
         return 63
-    _diagnostics(report)
+    _diagnostics(report, max(LINES, limit))
     _own_findings(report, limit)
     if report.failure is not None:
         say(f"Check failed: {report.failure}")
@@ -144,15 +144,15 @@ def _own_findings(report: CheckReport, limit: int) -> None:
         click.echo(f"imgloop: note: {left} more findings are not shown (--limit)", err=True)
 
 
-def _diagnostics(report: CheckReport) -> None:
+def _diagnostics(report: CheckReport, most: int) -> None:
     """qemu-img's lines on stderr, many at a time."""
     events = report.events()
-    left = LINES
+    left = most
     while left and (block := list(islice(events, min(BLOCK, left)))):
         sys.stderr.write("".join(text + "\n" for event in block if (text := event.text)))
         left -= len(block)
     if not left and next(events, None):
-        warn((f"only the first {LINES} messages are shown; the totals count all",))
+        warn((f"only the first {most} messages are shown (--limit); the totals count all",))
     sys.stderr.flush()
 
 
