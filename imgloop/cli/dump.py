@@ -158,7 +158,7 @@ def _problem(problem: ImageError) -> Part:
 def _human(about: Part, parts: dict[str, Part], problems: list[ImageError]) -> Iterator[str]:
     yield f"image: {visible(about['filename'])}\n"
     size = about["file-size"]
-    yield f"file size: {sizevisible(size)} ({size} bytes, {size:#x})\n"
+    yield f"file size: {size_text(size)} ({size} bytes, {size:#x})\n"
     for name, part in parts.items():
         yield "\n"
         for line in _PRINTERS[name](part):
@@ -193,7 +193,7 @@ def _header(part: Part) -> Iterator[str]:
     for row in part["fields"]:
         meaning = visible(row.get("meaning", ""))
         if "bytes" in row:
-            meaning += f"{': ' if meaning else ''}{sizevisible(row['bytes'])} ({row['bytes']} bytes)"
+            meaning += f"{': ' if meaning else ''}{size_text(row['bytes'])} ({row['bytes']} bytes)"
         shown, decimal = (row["hex"], row["value"]) if "hex" in row else (row["value"], "")
         line = f"  {row['offset']:<#6x} {row['size']:>4}  {row['name']:<24} {shown:<18} {decimal:>20}  {meaning}"
         yield line.rstrip() + _mark(row)
@@ -376,7 +376,7 @@ def _bitmaps(part: Part) -> Iterator[str]:
         yield f"      {'flags':<22} {row['flags']:#x} ({flags})"
         yield f"      {'type':<22} {row['type']}"
         bits = row["granularity-bits"]
-        yield f"      {'granularity-bits':<22} {bits}" + (f" ({sizevisible(1 << bits)})" if bits < 64 else "")
+        yield f"      {'granularity-bits':<22} {bits}" + (f" ({size_text(1 << bits)})" if bits < 64 else "")
         yield f"      {'extra-data-size':<22} {row['extra-data-size']}"
         yield f"      {'table':<22} {_many(row['table-size'], 'entry', 'entries')} at {row['table-offset']:#x}"
         if "table" in row:
