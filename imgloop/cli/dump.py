@@ -16,6 +16,7 @@ from imgloop.formats import PROBE_LENGTH, probe
 from imgloop.formats.errors import FormatError, ImageError, OpenError, Where, visible
 from imgloop.gate import Gate
 from imgloop.image import open_bare
+from imgloop.sizes import size_text
 
 if TYPE_CHECKING:
     from imgloop.formats.qcow2.dump import Part
