@@ -48,8 +48,8 @@ def test_ranges(disk: Path, offset: str, length: str, start: int, size: int) -> 
     answer = imgloop_process("read", "--offset", offset, "--length", length, disk, cwd=disk.parent)
     assert (answer.returncode, answer.stderr, answer.stdout) == (0, b"", expected)
     out = disk.parent / "out"
-    answer = call("read", "--offset", offset, "--length", length, "-o", out, disk)
-    assert (answer.rc, answer.out, answer.err, out.read_bytes()) == (0, "", "", expected)
+    written = call("read", "--offset", offset, "--length", length, "-o", out, disk)
+    assert (written.rc, written.out, written.err, out.read_bytes()) == (0, "", "", expected)
 
 
 def test_out_is_sparse_and_replaces_what_was_there(disk: Path) -> None:
