@@ -31,7 +31,7 @@ _SIGNATURES: tuple[tuple[str, int, bytes], ...] = (
     ("bochs", 0, b"Bochs Virtual HD Image"),
     ("cloop", 0, b"#!/bin/sh\n#V2.0 Format\n"),
 )
-_VMDK_TEXT = re.compile(rb"(?:#[^\n]*\n|[ \r]*\n)*version=[123]\r?\n")
+_VMDK_TEXT = re.compile(rb"(?:#[^\n]*\n| +\r?\n)*version=[123]\r?\n")
 KNOWN = frozenset(SUPPORTED) | {"qcow", "dmg"} | {name for name, _, _ in _SIGNATURES}
 
 

@@ -20,6 +20,17 @@ import errno
 from dataclasses import dataclass
 
 
+def visible(text: str) -> str:
+    """Text on one line, its control characters spelled out: names come from strangers, terminals obey them."""
+    if text.isprintable():
+        return text
+    # bytes that are no UTF-8 stay what they are: they name files
+    return "".join(
+        char if char.isprintable() or "\udc80" <= char <= "\udcff" else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Where:
     """The place in a file that an error speaks of: each part is None where it is not known."""
@@ -56,8 +67,7 @@ class ImageError(Exception):
 
     def __str__(self) -> str:
         place = str(self.where)
-        line = f"{self.message} [{place}]" if place else self.message
-        return " ".join(line.split())
+        return visible(f"{self.message} [{place}]" if place else self.message)
 
 
 class OpenError(ImageError):

@@ -1,32 +1,36 @@
-"""Structures that occur once in a file: construct `Struct`s of fixed-size fields, parsed into plain dicts."""
+"""Structures that occur once, or some thousands of times: construct `Struct`s of fixed-size fields.
+
+The declaration stays the only place where the layout is written down; `record` compiles it once for the
+standard library's `struct`, which parses fifty times as fast as construct: an image may have 65536 snapshots.
+"""
 
 from __future__ import annotations
 
+import struct
 from functools import cache
-from struct import Struct
 from typing import Any
 
 
-def record(struct: Any, data: bytes) -> dict[str, Any]:
-    """`data` parsed by `struct`, zero-filled where it is too short, as a plain dict in the order of fields."""
-    names, layout = _compiled(struct)
-    return dict(zip(names, layout.unpack(data[: layout.size].ljust(layout.size, b"\0")), strict=True))
+def record(schema: Any, data: bytes) -> dict[str, Any]:
+    """`data` parsed by `schema`, zero-filled where it is too short, as a plain dict in the order of fields."""
+    names, layout = _compiled(schema)
+    return dict(zip(names, layout.unpack_from(data.ljust(layout.size, b"\0")), strict=True))
 
 
 @cache
-def _compiled(struct: Any) -> tuple[tuple[str, ...], Struct]:
-    """The names of a structure's fields, and their layout for `struct`, which is fifty times as fast.
+def _compiled(schema: Any) -> tuple[tuple[str, ...], struct.Struct]:
+    """The names of a structure's fields, and its layout: big-endian integers and strings of bytes."""
+    codes = []
+    for field in schema.subcons:
+        kind = field.subcon
+        codes.append(kind.fmtstr.lstrip(">") if hasattr(kind, "fmtstr") else f"{kind.length}s")
+    return tuple(field.name for field in schema.subcons), struct.Struct(">" + "".join(codes))
 
-    All of them are big-endian integers or bytes of a fixed length.
-    """
-    kinds = [getattr(field.subcon, "fmtstr", f"{field.sizeof()}s").lstrip(">") for field in struct.subcons]
-    return tuple(field.name for field in struct.subcons), Struct(">" + "".join(kinds))
 
-
-def offset_of(struct: Any, name: str) -> int:
+def offset_of(schema: Any, name: str) -> int:
     """The offset (bytes) of a field in a structure of fixed-size fields."""
     offset = 0
-    for field in struct.subcons:
+    for field in schema.subcons:
         if field.name == name:
             return offset
         offset += field.sizeof()

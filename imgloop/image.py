@@ -109,13 +109,14 @@ def open_layers(
     while True:
         yield layer
         try:
+            # `info` opens each by itself, all others the chain as one
+            if purpose != "info":
+                prefix = f"{prefix}: Could not open backing file"
             below, named_by = _backing_of(layer)
             if below is None:
                 return
-            # `info` opens each by itself, all others the chain as one
-            prefix = (
-                f"Could not open '{below.text}'" if purpose == "info" else f"{prefix}: Could not open backing file"
-            )
+            if purpose == "info":
+                prefix = f"Could not open '{below.text}'"
             if len(seen) >= limits.chain_depth:
                 raise OpenError(f"The backing chain has more than {limits.chain_depth} layers")
             layer = _open_layer(below, named_by, gate, purpose, top)
@@ -198,6 +199,9 @@ def _open_layer(node: Node, named_by: str | None, gate: Gate, purpose: Purpose, 
     except BaseException:
         source.close()
         raise
+    if node.backing is not None and driver.format == "raw":
+        driver.close()
+        raise OpenError("Driver doesn't support backing files")
     if node.data_file is not None and len(driver.files) == 1 and purpose != "info":
         driver.close()
         raise OpenError("'data-file' can only be set for images with an external data file")

@@ -168,9 +168,11 @@ def _from_options(text: str, options: dict[str, Any]) -> Node:
     if "file" not in options:
         raise OpenError('A block device must be specified for "file"')
     filename = _file(options.pop("file"))
-    node = Node(text, filename, driver)
-    if driver in (None, "qcow2"):
-        node = _with_children(node, options)
+    no_backing = options.get("backing", "a name") in (None, "")
+    if no_backing:
+        del options["backing"]
+    node = Node(text, filename, driver, no_backing=no_backing)
+    node = _with_children(node, options)
     if driver in (None, "raw"):
         sizes: dict[str, int] = {
             name: _size(options.pop(name), name) for name in ("offset", "size") if name in options
@@ -187,11 +189,10 @@ def _with_children(node: Node, options: dict[str, Any]) -> Node:
         backing = options.pop("backing")
         if isinstance(backing, dict):
             node = replace(node, backing=_from_options(node.text, backing))
-        elif backing is None or backing == "":
-            node = replace(node, no_backing=True)
         else:
-            raise OpenError(f"Cannot find device='{backing}' nor node-name='{backing}'")
-    if "data-file" in options:
+            message = f"Cannot find device='{backing}' nor node-name='{backing}'"
+            raise OpenError(f"Could not open backing file: {message}")
+    if "data-file" in options and node.format != "raw":
         node = replace(node, data_file=_file(options.pop("data-file")))
     return node
 
@@ -203,6 +204,8 @@ def _file(options: Any) -> str:
     options = dict(options)
     driver = options.pop("driver", "file")
     if driver not in ("file", "host_device"):
+        if driver not in _OTHER_PROTOCOLS:
+            raise OpenError(f"Unknown driver '{driver}'")
         raise OpenError(f"Driver '{driver}' is not supported below a format; only 'file' is")
     filename = _word(options.pop("filename", None), "filename")
     if not filename:

@@ -8,7 +8,7 @@ import pytest
 
 MISSING = [tool for tool in ("qemu-img", "qemu-io") if shutil.which(tool) is None]
 LIVE = pytest.mark.skipif(
-    bool(MISSING), reason=f"{' AND '.join(MISSING)} IS MISSING: nothing here is compared with a live QEMU"
+    bool(MISSING), reason=f"{' and '.join(MISSING)} is missing: NOTHING here is compared with a live QEMU"
 )
 
 

@@ -8,8 +8,11 @@ checks say of every one of them with qemu-img.
 from __future__ import annotations
 
 import argparse
+import json
 import struct
+import subprocess
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -358,6 +361,28 @@ for _order in range(7):
              lambda b: None, order=_order)  # fmt: skip
 
 
+_declare("none-full", "A sound image whose L2 table maps one run of clusters.", lambda b: None, cluster_bits=12,
+         size=2 * MIB, data=512)  # fmt: skip
+
+
+@damage("None of the entries of a full L2 table has the COPIED flag.", cluster_bits=12, size=2 * MIB, data=512)
+def full_not_copied(b: Builder) -> None:
+    for index in range(512):
+        b.set(index, b.get(index) & ~COPIED)
+
+
+@damage("In a run of clusters, one has refcount 0 and one has 3.", cluster_bits=12, size=2 * MIB, data=512)
+def full_refcounts(b: Builder) -> None:
+    b.set_refcount(100, 0)
+    b.set_refcount(400, 3)
+
+
+@damage("A full L2 table is shared with a snapshot, but one entry has the COPIED flag.", cluster_bits=12,
+        size=2 * MIB, data=512, snapshots=1)  # fmt: skip
+def full_shared(b: Builder) -> None:
+    b.set(300, b.get(300) | COPIED)
+
+
 # --- L1 entries --------------------------------------------------------------------------------------------
 
 
@@ -603,9 +628,9 @@ def leak(b: Builder) -> None:
     b.take()
 
 
-@damage("Thousands of clusters leaked.", cluster_bits=12)
+@damage("Hundreds of clusters leaked.", cluster_bits=12)
 def leaks_many(b: Builder) -> None:
-    for _ in range(1500):
+    for _ in range(300):
         b.take()
 
 
@@ -886,8 +911,24 @@ def _own_backing(path: Path) -> None:
     Builder(backing=(path.name, "qcow2")).write(path)
 
 
+def record() -> dict[str, Any]:
+    """What the qemu-img on PATH says of every damage that it comes back from: exit code, JSON, lines on stderr."""
+    said: dict[str, Any] = {}
+    for name, one in DAMAGES.items():
+        if "hangs" in one.tags:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            one.build(Path(folder, "image.qcow2"))
+            words = ["qemu-img", "check", "-f", "qcow2", "--output=json", "image.qcow2"]
+            done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+        answer = json.loads(done.stdout) if done.stdout.strip() else None
+        said[name] = {"rc": done.returncode, "json": answer, "stderr": done.stderr.splitlines()}
+    return said
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write down what qemu-img says of all of them")
     parser.add_argument("--list", action="store_true", help="the names, and what each does")
     parser.add_argument("name", nargs="?", metavar="NAME")
     parser.add_argument("out", nargs="?", metavar="OUT", type=Path)
@@ -895,6 +936,9 @@ def main() -> int:
     if arguments.list:
         for one in DAMAGES.values():
             print(f"{one.name:28} {one.what}")
+        return 0
+    if arguments.record:
+        arguments.record.write_text(json.dumps(record(), indent=1) + "\n", encoding="utf-8")
         return 0
     if arguments.name not in DAMAGES or arguments.out is None:
         parser.error("NAME must be one of --list, and OUT a file to write")

@@ -49,7 +49,7 @@ def read_snapshots(source: Source, header: Header) -> Iterator[Snapshot]:
             where = Where(source.name, offset + head - 4, f"extra_data_size of snapshot {index}", extra_size)
             raise FormatError(f"Too much extra metadata in snapshot table entry {index}", where)
         body = source.pread(extra_size + id_size + name_size, offset + head)
-        extra = schema.record(schema.SnapshotExtra, body[:extra_size])
+        extra = schema.record(schema.SnapshotExtra, body[:extra_size]) if extra_size else {}
         end = offset + head + len(body)
         if end - header.snapshots_offset > MAX_TABLE:
             where = Where(source.name, offset, f"snapshot table entry {index}")

@@ -86,7 +86,13 @@ def main(args: Sequence[str] | None = None) -> int:
         if isinstance(stream, TextIOWrapper):
             utf8 = stream.encoding.lower().replace("-", "") == "utf8"
             stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
+    signal.signal(signal.SIGTERM, _end)
     return run(args)
+
+
+def _end(number: int, _frame: object) -> None:
+    """End as if killed by the signal, but leave nothing half-written behind."""
+    raise SystemExit(128 + number)
 
 
 def run(args: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ import click
 
 from imgloop.cli.options import image_options, output_option
 from imgloop.formats import PROBE_LENGTH, probe
-from imgloop.formats.errors import FormatError, ImageError, OpenError, Where
+from imgloop.formats.errors import FormatError, ImageError, OpenError, Where, visible
 from imgloop.gate import Gate
 from imgloop.image import open_bare
 from imgloop.sizes import size_text
@@ -157,7 +157,7 @@ def _problem(problem: ImageError) -> Part:
 
 
 def _human(about: Part, parts: dict[str, Part], problems: list[ImageError]) -> Iterator[str]:
-    yield f"image: {_text(about['filename'])}\n"
+    yield f"image: {visible(about['filename'])}\n"
     size = about["file-size"]
     yield f"file size: {size_text(size)} ({size} bytes, {size:#x})\n"
     for name, part in parts.items():
@@ -167,12 +167,7 @@ def _human(about: Part, parts: dict[str, Part], problems: list[ImageError]) -> I
     if problems:
         yield f"\nproblems: {len(problems)}\n"
     for problem in problems:
-        yield f"  {_text(str(problem))}\n"
-
-
-def _text(value: str) -> str:
-    """Text from the image, with what a terminal could take for a command shown as its code."""
-    return value if value.isprintable() else repr(value)[1:-1]
+        yield f"  {visible(str(problem))}\n"
 
 
 def _many(count: int, one: str, many: str) -> str:
@@ -185,7 +180,7 @@ def _entries(part: Part) -> str:
 
 def _mark(row: Part) -> str:
     """What is wrong with a row, at its end."""
-    return f"  ! {_text(row['problem'])}" if "problem" in row else ""
+    return f"  ! {visible(row['problem'])}" if "problem" in row else ""
 
 
 def _hidden(part: Part) -> Iterator[str]:
@@ -197,7 +192,7 @@ def _header(part: Part) -> Iterator[str]:
     yield f"header: {part['length']} bytes"
     yield f"  {'OFFSET':<6} {'SIZE':>4}  {'FIELD':<24} {'HEX':<18} {'DECIMAL':>20}  MEANING"
     for row in part["fields"]:
-        meaning = _text(row.get("meaning", ""))
+        meaning = visible(row.get("meaning", ""))
         if "bytes" in row:
             meaning += f"{': ' if meaning else ''}{size_text(row['bytes'])} ({row['bytes']} bytes)"
         shown, decimal = (row["hex"], row["value"]) if "hex" in row else (row["value"], "")
@@ -234,7 +229,7 @@ def _extension_content(row: Part) -> Iterator[str]:
     if "text" in row:
         yield f"{indent}{row['text']!r}"
     for feature in row.get("features", ()):
-        yield f"{indent}{feature['type']:<12} bit {feature['bit']:>2}  {_text(feature['name'])}"
+        yield f"{indent}{feature['type']:<12} bit {feature['bit']:>2}  {visible(feature['name'])}"
     content = row.get("content", {})
     if "data" in content:
         yield f"{indent}{_bytes(content)}"
@@ -243,7 +238,7 @@ def _extension_content(row: Part) -> Iterator[str]:
         yield f"{indent}{key:<17} {value:#x} ({value})"
     for key, value in row.get("luks", {}).items():
         if key != "slots":
-            yield f"{indent}{key:<17} {_text(str(value))}"
+            yield f"{indent}{key:<17} {visible(str(value))}"
     for number, slot in enumerate(row.get("luks", {}).get("slots", ())):
         state = f"active, {slot['iters']} iterations" if slot["active"] else "not in use"
         yield f"{indent}{f'key slot {number}':<17} {state}, key material at {slot['key-offset']:#x}"

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from imgloop.cli.options import file_argument, image_options, output_option, print_json, warn
+from imgloop.formats.errors import visible
 from imgloop.gate import Gate
 from imgloop.image import open_layers
 from imgloop.info import layer_info
@@ -44,7 +45,7 @@ def info(
     if output == "json":
         print_json(found if backing_chain else found[0])
     else:
-        click.echo("\n\n".join("\n".join(lines(one)) for one in found))
+        click.echo("\n\n".join("\n".join(visible(line) for line in lines(one)) for one in found))
 
 
 def lines(info: dict[str, Any]) -> Iterator[str]:

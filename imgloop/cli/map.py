@@ -9,7 +9,7 @@ import click
 
 import imgloop
 from imgloop.cli.options import Size, file_argument, image_options, output_option, warn
-from imgloop.formats.errors import Where
+from imgloop.formats.errors import Where, visible
 from imgloop.gate import Gate
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _print_table(image: Image, start: int, length: int | None, stdout: IO[str]) 
         ):
             if host < 0:
                 raise imgloop.ImageError(MIXED, Where(image.name, field="guest offset", value=guest))
-            name = image.files[file].name
+            name = visible(image.files[file].name)
             stdout.write(f"{_hex(guest):<16}{_hex(size):<16}{_hex(host):<16}{name}\n")
 
 

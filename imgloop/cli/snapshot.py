@@ -7,6 +7,7 @@ import click
 import imgloop
 from imgloop.cli.info import snapshot_table
 from imgloop.cli.options import file_argument, image_options, output_option, print_json, warn
+from imgloop.formats.errors import visible
 from imgloop.gate import Gate
 
 
@@ -34,4 +35,4 @@ def snapshot(
     if output == "json":
         print_json(found)
     elif found:
-        click.echo("Snapshot list:\n" + "\n".join(snapshot_table(found)))
+        click.echo("\n".join(["Snapshot list:", *(visible(row) for row in snapshot_table(found))]))
