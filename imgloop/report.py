@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from imgloop.formats import PROBE_LENGTH, probe
 from imgloop.formats.driver import Driver
-from imgloop.formats.errors import OpenError, ReadError
+from imgloop.formats.errors import FormatError, OpenError, ReadError
 from imgloop.formats.findings import OWN_CODES, RULES, Event, Finding, Severity, worst
 from imgloop.formats.source import Source
 from imgloop.names import Node
@@ -89,7 +89,8 @@ class CheckReport:
             if not refusal.endswith(problem.message)
         ]
         if walkable(header):
-            self._look(source, header, read_extensions(source, header)[0], [], None)
+            extensions, _ = read_extensions(source, header)
+            self._look(source, header, extensions, _readable_bitmaps(source, header, extensions), None)
 
     def decode_all(self, progress: Progress | None = None) -> None:
         """Decode every compressed cluster as well, and add what fails to the findings.
@@ -224,6 +225,26 @@ def _qcow2(chain: list[Link]) -> Qcow2 | None:
 
     top = chain[0][0] if chain else None
     return top if isinstance(top, Qcow2) else None
+
+
+def _readable_bitmaps(source: Source, header: Header, extensions: list[Extension]) -> list[Bitmap]:
+    """The bitmaps up to the first one that is damaged."""
+    from imgloop.formats.qcow2 import schema
+    from imgloop.formats.qcow2.bitmaps import bitmap_extension, read_bitmaps
+    from imgloop.formats.qcow2.header import MAX_BITMAP_DIRECTORY
+
+    bitmaps: list[Bitmap] = []
+    extension = bitmap_extension(extensions)
+    if extension is None or not header.autoclear_features & schema.BITMAPS:
+        return bitmaps
+    if extension["directory_size"] > MAX_BITMAP_DIRECTORY:
+        return bitmaps
+    try:
+        for bitmap in read_bitmaps(source, header, extension):
+            bitmaps.append(bitmap)
+    except FormatError:
+        pass
+    return bitmaps
 
 
 def _chain_events(chain: list[Link]) -> Iterator[Event]:

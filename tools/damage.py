@@ -8,6 +8,7 @@ checks say of every one of them with qemu-img.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import struct
 import subprocess
@@ -26,6 +27,7 @@ from imgloop.formats.qcow2 import schema  # noqa: E402
 
 COPIED, COMPRESSED, ZERO = 1 << 63, 1 << 62, 1
 MIB = 1 << 20
+FIRST_LINES = 12  # of qemu-img's messages that are recorded as they are
 DATE = 1714564800  # of every snapshot: 2024-05-01 12:00:00 UTC, in seconds
 
 
@@ -846,6 +848,11 @@ def feature_unknown(b: Builder) -> None:
     b.set_header(incompatible_features=1 << 7)
 
 
+@damage("An unknown incompatible feature and an L1 table that is too small.", tags="refused")
+def features_and_l1(b: Builder) -> None:
+    b.set_header(incompatible_features=1 << 7, size=8 << 40)
+
+
 @damage("Header extensions run over their end; QEMU does not open the image.", tags="refused")
 def extension_too_large(b: Builder) -> None:
     b.extensions.append((0x12345678, b""))
@@ -896,6 +903,12 @@ def backing_format(b: Builder) -> None:
     pass
 
 
+@damage("The backing file's format is not recorded: qemu-img sees nothing.", backing=("base.qcow2", None),
+        after=lambda path: Builder().write(path.parent / "base.qcow2"))  # fmt: skip
+def backing_unrecorded(b: Builder) -> None:
+    pass
+
+
 @damage("The backing file shrank: qemu-img sees nothing.", backing=("base.qcow2", "qcow2"),
         after=lambda path: Builder(size=4 * MIB).write(path.parent / "base.qcow2"))  # fmt: skip
 def backing_size(b: Builder) -> None:
@@ -912,7 +925,10 @@ def _own_backing(path: Path) -> None:
 
 
 def record() -> dict[str, Any]:
-    """What the qemu-img on PATH says of every damage that it comes back from: exit code, JSON, lines on stderr."""
+    """What the qemu-img on PATH says of every damage that it comes back from.
+
+    The exit code, the JSON, and of stderr the number of lines, the first of them and a digest of all.
+    """
     said: dict[str, Any] = {}
     for name, one in DAMAGES.items():
         if "hangs" in one.tags:
@@ -922,8 +938,14 @@ def record() -> dict[str, Any]:
             words = ["qemu-img", "check", "-f", "qcow2", "--output=json", "image.qcow2"]
             done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
         answer = json.loads(done.stdout) if done.stdout.strip() else None
-        said[name] = {"rc": done.returncode, "json": answer, "stderr": done.stderr.splitlines()}
+        said[name] = {"rc": done.returncode, "json": answer, **summary(done.stderr.splitlines())}
     return said
+
+
+def summary(lines: list[str]) -> dict[str, Any]:
+    """Lines on stderr as they are recorded."""
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return {"lines": len(lines), "first": lines[:FIRST_LINES], "sha256": digest}
 
 
 def main() -> int:
