@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import random
 import struct
 import subprocess
 import sys
@@ -940,6 +941,62 @@ def record() -> dict[str, Any]:
         answer = json.loads(done.stdout) if done.stdout.strip() else None
         said[name] = {"rc": done.returncode, "json": answer, **summary(done.stderr.splitlines())}
     return said
+
+
+def random_image(seed: int) -> Builder:
+    """A small image with up to three damages, all drawn from the seed: any width, any features, any entries."""
+    chance = random.Random(seed)
+    version = chance.choice((2, 3, 3))
+    extended = version == 3 and chance.random() < 0.3
+    bits = chance.choice((14, 16) if extended else (9, 10, 12, 16))
+    order = chance.randrange(7) if version == 3 else 4
+    snapshots = chance.randrange(3) if order > 1 else 0
+    data, streams = chance.randrange(1, 6), chance.choice((0, 0, 3))
+    per_table = (1 << bits) // (16 if extended else 8)
+    builder = Builder(
+        version=version,
+        cluster_bits=bits,
+        order=order,
+        extended=extended,
+        data=data,
+        streams=streams,
+        snapshots=snapshots,
+        bitmaps=int(version == 3 and chance.random() < 0.2),
+        bitmap_flags=1,
+        size=min(8 * MIB, per_table << bits),
+    )
+    for _ in range(chance.randrange(1, 4)):
+        _damage_at_random(builder, chance, per_table)
+    if chance.random() < 0.2:
+        del builder.file[chance.randrange(builder.cluster, len(builder.file)) :]
+    return builder
+
+
+def _damage_at_random(b: Builder, chance: random.Random, per_table: int) -> None:
+    offset = chance.choice(
+        (
+            chance.randrange(b.clusters + 3) * b.cluster,
+            chance.randrange(len(b.file) + 2 * b.cluster) // 512 * 512,
+            b.clusters * b.cluster,
+            1 << chance.randrange(9, 62),
+        )
+    )
+    entry = offset | chance.choice((0, COPIED, COPIED, 1 << chance.randrange(64)))
+    index = chance.randrange(per_table)
+    match chance.randrange(6):
+        case 0:
+            b.put(b.l1 + 8 * chance.randrange(b.l1_size + 1), entry)
+        case 1 | 2:
+            entry |= chance.choice((0, 0, 0, COMPRESSED, ZERO))
+            bitmap = chance.choice((0, chance.getrandbits(64), 0xFFFFFFFF, 0xFF << 32))
+            b.set(index, entry, bitmap if b.extended else None)
+        case 3:
+            b.set_refcount(chance.randrange(b.clusters + 2), chance.randrange(4))
+        case 4:
+            word = chance.choice((0, offset, b.refblock, chance.getrandbits(63)))
+            b.put(b.reftable + 8 * chance.randrange(3), word)
+        case 5:
+            b.file[chance.randrange(b.cluster, len(b.file))] ^= 1 << chance.randrange(8)
 
 
 def summary(lines: list[str]) -> dict[str, Any]:
