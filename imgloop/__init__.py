@@ -6,7 +6,7 @@ r"""imgloop: inspect, map, read and verify disk images.
 (67108864, b'U\xaa')
 
 The public surface: `open`, `Image`, `Gate` and `Trust` (which files an image may refer to), `Limits` (what may be
-spent on it), and the tree of errors below `ImageError` (see `imgloop.formats.errors`).
+spent on it), `Kind` (of an extent), and the tree of errors below `ImageError` (see `imgloop.formats.errors`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from imgloop.formats.errors import (
     ReadOnlyError,
     UsageError,
 )
+from imgloop.formats.kinds import Kind
 from imgloop.gate import Gate, Trust
 from imgloop.image import Image, ImageFile, open
 from imgloop.limits import Limits
@@ -35,6 +36,7 @@ __all__ = [
     "Image",
     "ImageError",
     "ImageFile",
+    "Kind",
     "Limits",
     "OpenError",
     "OutOfRangeError",
