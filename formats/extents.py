@@ -16,11 +16,10 @@ A COMPRESSED extent is one cluster of its driver, or the part of one that is ask
 
 from __future__ import annotations
 
-from enum import IntEnum
-
 import numpy as np
 from numpy.typing import NDArray
 
+from imgloop.formats.kinds import Kind as Kind
 from imgloop.formats.source import Source
 
 EXTENT = np.dtype(
@@ -38,18 +37,6 @@ EXTENT = np.dtype(
 Extents = NDArray[np.void]  # of dtype EXTENT
 
 NO_OFFSET = -1
-
-
-class Kind(IntEnum):
-    """What the guest finds in an extent."""
-
-    UNALLOCATED = 0  # not in this layer: the backing file's bytes, or zeros without one
-    ZERO = 1  # zeros, whatever a backing file says; an offset means that space is kept for it
-    DATA = 2  # the bytes of the file at `offset`
-    COMPRESSED = 3  # a compressed stream in the file at `offset`
-    ENCRYPTED = 4  # encrypted bytes of the file at `offset`
-    INVALID = 5  # the entry is damaged: these bytes cannot be read truthfully
-    HOLE = 6  # DATA for the format, but a hole of the file at `offset`: zeros
 
 
 def extent(start: int, length: int, kind: Kind, offset: int = NO_OFFSET, file: int = 0) -> Extents:

@@ -6,7 +6,7 @@ r"""imgloop: inspect, map, read and verify disk images.
 (67108864, b'U\xaa')
 
 The public surface: `open`, `Image`, `check` and its `CheckReport`, `Gate` and `Trust` (which files an image may
-refer to), `Limits` (what may be spent on it), and the tree of errors below `ImageError` (see
+refer to), `Limits` (what may be spent on it), `Kind` (of an extent), and the tree of errors below `ImageError` (see
 `imgloop.formats.errors`).
 """
 
@@ -23,6 +23,7 @@ from imgloop.formats.errors import (
     ReadOnlyError,
     UsageError,
 )
+from imgloop.formats.kinds import Kind
 from imgloop.gate import Gate, Trust
 from imgloop.image import Image, ImageFile, open
 from imgloop.limits import Limits
@@ -39,6 +40,7 @@ __all__ = [
     "Image",
     "ImageError",
     "ImageFile",
+    "Kind",
     "Limits",
     "OpenError",
     "OutOfRangeError",

@@ -23,6 +23,7 @@ from imgloop.formats.errors import (
     UsageError,
     Where,
 )
+from imgloop.formats.kinds import Kind
 from imgloop.formats.source import Source
 from imgloop.gate import Gate
 from imgloop.limits import DEFAULT, Limits
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
     from imgloop.formats.extents import Extents
     from imgloop.report import CheckReport
 
-# Kinds as plain integers: formats.extents needs numpy, which opening an image does not.
-_DATA, _COMPRESSED, _ENCRYPTED, _INVALID = 2, 3, 4, 5
+_DATA, _COMPRESSED, _ENCRYPTED, _INVALID = map(
+    int, (Kind.DATA, Kind.COMPRESSED, Kind.ENCRYPTED, Kind.INVALID)
+)  # plain integers: every read compares them
 MAX_THREADS = 8
 WINDOW_UNITS = 2048  # clusters or subclusters whose extents are kept together
 
