@@ -324,6 +324,7 @@ def main() -> None:
     parser.add_argument("--directory", default="/dev/shm" if Path("/dev/shm").is_dir() else None)
     parser.add_argument("--list", action="store_true", help="name the cases")
     args = parser.parse_args()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed program has its bytecode
     unknown = set(args.cases) - set(CASES)
     if unknown or args.list:
         print(*(f"{name:<16} {function.__doc__}" for name, function in CASES.items()), sep="\n")

@@ -27,7 +27,7 @@ from imgloop.formats.qcow2.header import (
     last_extension,
 )
 from imgloop.formats.qcow2.snapshots import Snapshot, read_snapshots
-from imgloop.formats.qcow2.stored import READ_LIMIT, holding_data, read_all
+from imgloop.formats.qcow2.stored import READ_LIMIT, grouped, holding_data, read_all
 from imgloop.formats.source import MAX_OFFSET, Source
 
 BATCH = 1 << 20  # bytes of L2 tables looked at together: as much as fits a processor's cache
@@ -286,7 +286,7 @@ def below(source: Source, header: Header, tables: list[L1Table]) -> tuple[Slots,
     """What lies below some L1 tables."""
     position, entry, views, active = _slots(source, tables)
     offset = schema.L1["offset"].of(entry).astype(np.int64)
-    unique, number = np.unique(offset, return_inverse=True)
+    unique, number = grouped(offset)
     named = np.zeros(len(unique), dtype=np.int64)
     np.add.at(named, number, views)
     of_active = np.zeros(len(unique), dtype=np.int64)
@@ -304,7 +304,7 @@ def _slots(source: Source, tables: list[L1Table]) -> tuple[Numbers, Words, Numbe
     """The slots that L1 tables cover: position, entry, how many tables cover it, and whether the active one."""
     starts = np.array([table.offset for table in tables], dtype=np.int64)
     ends = starts + np.array([table.entries * ENTRY for table in tables], dtype=np.int64)
-    where, inverse = np.unique(np.concatenate((starts, ends)), return_inverse=True)
+    where, inverse = grouped(np.concatenate((starts, ends)))
     change = np.zeros(len(where), dtype=np.int64)
     np.add.at(change, inverse, np.repeat((1, -1), len(tables)))
     level = np.cumsum(change)

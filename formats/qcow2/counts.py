@@ -10,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from imgloop.formats.qcow2.stored import grouped
+
 PAGE = 1 << 18  # clusters
 SHORT_RUN = 64  # clusters; shorter runs are counted one by one
 _WIDER = {1: np.uint16, 2: np.uint32, 4: np.uint64}
@@ -80,7 +82,7 @@ class Counts:
                 change = np.concatenate([change for _, change in self._ends])
             else:
                 places = change = np.zeros(0, dtype=np.int64)
-            where, inverse = np.unique(places, return_inverse=True)
+            where, inverse = grouped(places)
             changes = np.zeros(len(where), dtype=np.int64)
             np.add.at(changes, inverse, change)
             where, changes = where[changes != 0], changes[changes != 0]  # most runs follow each other
@@ -128,7 +130,7 @@ class Counts:
         where, level = self.coverage
         found = np.concatenate(([0], level))[np.searchsorted(where, clusters, side="right")]
         pages = clusters // PAGE
-        for page in np.unique(pages).tolist():
+        for page in set(pages.tolist()):
             if page in self._pages:
                 mine = pages == page
                 found[mine] += self._pages[page][clusters[mine] - page * PAGE].astype(np.int64)
