@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
     from imgloop.formats.extents import Extents
+    from imgloop.report import CheckReport
 
 _DATA, _COMPRESSED, _ENCRYPTED, _INVALID = map(
     int, (Kind.DATA, Kind.COMPRESSED, Kind.ENCRYPTED, Kind.INVALID)
@@ -418,6 +419,12 @@ class Image:
         return ImageFile(self)
 
     # --- what it is ---
+
+    def check(self) -> CheckReport:
+        """What a check finds; the report can be read while the image is open. See `imgloop.check`."""
+        from imgloop.report import CheckReport
+
+        return CheckReport(self.layers[0].node.shown, [(layer.driver, layer.node) for layer in self.layers])
 
     def info(self) -> dict[str, Any]:
         """What `qemu-img info --output json` says of the top layer."""

@@ -10,6 +10,7 @@ says otherwise, so that no disk decides. Without names all cases run; `--list` n
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import shutil
 import statistics
@@ -25,6 +26,8 @@ from pathlib import Path
 import numpy as np
 
 import imgloop
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 IMGLOOP = [sys.executable, "-m", "imgloop"]
 MIB = 1 << 20
@@ -138,6 +141,26 @@ def scattered(path: Path, clusters: int, seed: int = 1) -> None:
         file.truncate(end * size)
 
 
+def checked(case: str, image: Path, runs: int, most: int = 1 << 10) -> Iterator[Row]:
+    """`check` of an image by both; qemu-img no more than `most` times, where that takes minutes."""
+    ours, theirs = in_turns(
+        min(runs, most), command(*IMGLOOP, "check", image), command("qemu-img", "check", image)
+    )
+    if most < runs:
+        (ours,) = in_turns(runs, command(*IMGLOOP, "check", image))
+    yield Row(case, ours, theirs, "qemu-img check")
+
+
+def peak_memory(*args: str | Path) -> float:
+    """The largest resident size of a command (KiB)."""
+    quiet = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
+    pid = os.posix_spawnp(str(args[0]), [str(arg) for arg in args], os.environ, file_actions=quiet)
+    _, status, usage = os.wait4(pid, 0)
+    if status:
+        raise RuntimeError(f"{args[0]} ended with {os.waitstatus_to_exitcode(status)}")
+    return float(usage.ru_maxrss)
+
+
 def converted(directory: Path, mebibytes: int, *options: str) -> Path:
     """A qcow2 image made by qemu-img convert from `guest_bytes`."""
     raw = directory / f"guest-{mebibytes}.raw"
@@ -169,6 +192,77 @@ def map_scattered(directory: Path, runs: int) -> Iterator[Row]:
         command("qemu-img", "map", "--output", "json", image),
     )
     yield Row("map, 2 M extents", ours, theirs, "qemu-img map")
+
+
+@case
+def check_1t_prealloc(directory: Path, runs: int) -> Iterator[Row]:
+    """`check` of 1 TiB with metadata preallocated, 16.8 M clusters: time, and peak memory."""
+    image = directory / "preallocated.qcow2"
+    words = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", str(image), "1T"]
+    subprocess.run(words, check=True)
+    yield from checked("check, 1 TiB preallocated", image, runs)
+    ours = peak_memory(*IMGLOOP, "check", image)
+    theirs = peak_memory("qemu-img", "check", image)
+    print(f"{'check, peak memory':<34}{ours / 1024:>8.0f} MiB{theirs / 1024:>8.0f} MiB", end="")
+    print(f"  {'qemu-img check':<20}{theirs / ours:>8.1f}")
+
+
+@case
+def check_scattered(directory: Path, runs: int) -> Iterator[Row]:
+    """`check` of 128 GiB in 2 M scattered clusters; qemu-img runs once, for it takes more than a minute."""
+    image = directory / "scattered.qcow2"
+    scattered(image, 1 << 21)
+    yield from checked("check, 2 M scattered clusters", image, runs, most=1)
+
+
+@case
+def check_20_snapshots(directory: Path, runs: int) -> Iterator[Row]:
+    """`check` of 256 GiB with 20 internal snapshots, a little written between them."""
+    image = directory / "snapshots.qcow2"
+    words = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", str(image), "256G"]
+    subprocess.run(words, check=True)
+    for number in range(20):
+        subprocess.run(["qemu-img", "snapshot", "-c", f"s{number}", str(image)], check=True)
+        writes = [f"write {number * 7 + more}G 1M" for more in range(4)]
+        options = [word for write in writes for word in ("-c", write)]
+        subprocess.run(["qemu-io", "-f", "qcow2", *options, str(image)], check=True, stdout=subprocess.DEVNULL)
+    yield from checked("check, 20 snapshots of 256 GiB", image, runs)
+
+
+@case
+def check_hostile(directory: Path, runs: int) -> Iterator[Row]:
+    """`check` of images made to take for ever; nobody else is waited for (the ratio is to a second)."""
+    for name, path in hostile_images(directory):
+        words = [*IMGLOOP, "check", str(path)]
+
+        def work(words: list[str] = words) -> None:
+            subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+
+        (ours,) = in_turns(1, work)
+        yield Row(f"check, {name}", ours, 1, "one second")
+
+
+def hostile_images(directory: Path) -> Iterator[tuple[str, Path]]:
+    """Four million entries for one table, 65536 snapshots that share one L1 table, and an empty pebibyte."""
+    from tools.damage import Builder
+
+    path = directory / "hostile.qcow2"
+    builder, entries = Builder(), 1 << 22
+    table = builder.take(entries * 8)
+    builder.file[table : table + entries * 8] = builder.word(builder.l1).to_bytes(8, "big") * entries
+    builder.set_header(l1_size=entries, l1_table_offset=table)
+    builder.write(path)
+    yield "4 M L1 entries, one table", path
+    builder, count = Builder(snapshots=1), 1 << 16
+    entry = builder.file[builder.snapshots : builder.snapshots + 72]
+    table = builder.take(len(entry) * count)
+    builder.file[table : table + len(entry) * count] = entry * count
+    builder.set_header(nb_snapshots=count, snapshots_offset=table)
+    builder.write(path)
+    yield "65536 snapshots, one table", path
+    Builder(cluster_bits=21, size=1 << 49).write(path)
+    os.truncate(path, 1 << 50)
+    yield "sparse file of 1 PiB", path
 
 
 @case

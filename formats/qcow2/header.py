@@ -210,6 +210,28 @@ def problems(source: Source, header: Header, *, checking: bool = False) -> Itera
         yield from _table_problems(source, header, checking=checking)
 
 
+def all_problems(source: Source, header: Header) -> list[FormatError]:
+    """Everything that QEMU refuses in header and extensions when it checks an image, as far as one can see."""
+    found = list(problems(source, header, checking=True))
+    if header.magic == schema.MAGIC and 9 <= header.cluster_bits <= 21:
+        found += extension_problems(source, header)
+    return found
+
+
+def walkable(header: Header) -> bool:
+    """Whether the header's numbers lead to tables that can be looked at, whatever else is wrong with it."""
+    size = header.refcount_table_clusters * header.cluster_size if header.cluster_bits <= 21 else 0
+    return (
+        header.magic == schema.MAGIC
+        and 9 <= header.cluster_bits <= 21
+        and header.refcount_order <= 6
+        and size <= MAX_REFCOUNT_TABLE
+        and not _misplaced(header, header.refcount_table_offset, size)
+        and header.l1_size <= MAX_L1_ENTRIES
+        and not _misplaced(header, header.l1_table_offset, header.l1_size * schema.L1.size)
+    )
+
+
 def _bad(source: Source, header: Header, field: str, message: str) -> FormatError:
     where = Where(source.name, schema.offset_of(schema.Header, field), field, getattr(header, field))
     return FormatError(message, where)

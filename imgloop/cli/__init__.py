@@ -18,6 +18,8 @@ from imgloop.gate import Gate, Trust
 
 # verb: what `imgloop --help` says of it; the command `<verb>` is in imgloop.cli.<verb>
 VERBS = {
+    "check": "Check the structures of an image, and who claims what.",
+    "explain": "Explain one place of an image: who claims it, where it leads.",
     "dd": "Copy a part of an image to a raw file, with dd's operands.",
     "dump": "Show the structures of an image as they lie on disk.",
     "info": "Show what an image is.",
@@ -96,7 +98,7 @@ def _end(number: int, _frame: object) -> None:
 def run(args: Sequence[str] | None = None) -> int:
     """`main` without touching the process's signals and streams."""
     try:
-        imgloop.main(args=args, prog_name="imgloop", standalone_mode=False)
+        code = imgloop.main(args=args, prog_name="imgloop", standalone_mode=False)
         sys.stdout.flush()
     except click.UsageError as error:
         say(error.format_message())
@@ -122,7 +124,7 @@ def run(args: Sequence[str] | None = None) -> int:
         return _abandon_stdout(1)
     except SystemExit as end:
         return int(end.code or 0)
-    return 0
+    return code if isinstance(code, int) else 0  # a verb may return its exit code
 
 
 def say(message: str) -> None:
