@@ -6,7 +6,8 @@ r"""imgloop: inspect, map, read and verify disk images.
 (67108864, b'U\xaa')
 
 The public surface: `open`, `Image`, `check` and its `CheckReport`, `Gate` and `Trust` (which files an image may
-refer to), `Limits` (what may be spent on it), `Kind` (of an extent), and the tree of errors below `ImageError` (see
+refer to), `Limits` (what may be spent on it), `Kind` (of an extent), and the tree of errors below
+`ImageError` (see
 `imgloop.formats.errors`).
 """
 
