@@ -169,6 +169,8 @@ class Owners:
         elif event.view == 0 and event.l1_index >= 0:
             ranges = [(event.l1_index * per_table * self.size, per_table * self.size)]
         else:
-            ranges = [owner.guest for owner in owners if owner.guest and owner.view == "active"]
+            mine = [owner for owner in owners if owner.guest and owner.view == "active"]
+            data = [owner for owner in mine if owner.l2_index is not None]  # without them, tables stand for theirs
+            ranges = [owner.guest for owner in data or mine if owner.guest]
         end = self.check.header.virtual_size
         return tuple((start, min(length, end - start)) for start, length in dict.fromkeys(ranges) if start < end)
