@@ -23,6 +23,7 @@ from imgloop.formats.qcow2.refcounts import decode_refcounts, entries_per_block
 from imgloop.formats.source import MAX_OFFSET
 
 PIECE = 1 << 16  # bytes of a table that are decoded at a time
+UNIT = 8  # bytes: whole refcounts, of any width
 MAX_REFCOUNT_ORDER = 6
 Span = tuple[int, int, int | str]  # first and last cluster, and their refcount
 SUBCLUSTER_MARKS = {Kind.UNALLOCATED: ".", Kind.DATA: "D", Kind.ZERO: "0", Kind.INVALID: "!"}
@@ -282,11 +283,13 @@ def _blocks(image: Inspected, size: int) -> Iterator[Span]:
         if repeated[index]:  # read once: an image could else ask for endless reading
             yield first, first + per_block - 1, "the block is that of an earlier entry"
             continue
-        for at in range(0, min(header.cluster_size, max(0, source.size - offset)), PIECE):
-            piece = source.pread(min(PIECE, header.cluster_size - at), offset + at)
-            if piece.strip(b"\0"):
-                start = first + (at * 8 >> header.refcount_order)
-                yield from _equal(start, decode_refcounts(piece, header.refcount_order))
+        # holes are refcounts of 0, and an image may have more of them than can be read
+        for low, high in source.data_ranges(offset, offset + header.cluster_size):
+            for at in range(low - low % UNIT, high, PIECE):
+                piece = source.pread(min(PIECE, offset + header.cluster_size - at), at)
+                if piece.strip(b"\0"):
+                    start = first + ((at - offset) * 8 >> header.refcount_order)
+                    yield from _equal(start, decode_refcounts(piece, header.refcount_order))
 
 
 def _block_offsets(image: Inspected, size: int) -> NDArray[np.uint64]:
