@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING
 
 import click
@@ -60,7 +61,7 @@ def _print_json(image: Image, start: int, length: int | None) -> None:
     stdout.write(b"[")
     first = True
     try:
-        for table in guest_map(image, start, length):
+        for table in _one_ahead(guest_map(image, start, length)):
             for at in range(0, len(table), ROWS):
                 stdout.write(_rows(table[at : at + ROWS])[2 * first :])
                 first = False
@@ -68,6 +69,21 @@ def _print_json(image: Image, start: int, length: int | None) -> None:
             stdout.write(NO_ROW % start)
     finally:
         stdout.write(b"]\n")  # valid JSON up to the damage, if there is any
+
+
+def _one_ahead(tables: Iterator[Extents]) -> Iterator[Extents]:
+    """The tables, each made by a thread while the one before is printed: numpy lets both run at once."""
+    first = next(tables, None)
+    if first is None:
+        return
+    yield first
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, tables, None)
+        while (table := coming.result()) is not None:
+            coming = thread.submit(next, tables, None)
+            yield table
 
 
 def _rows(table: Extents) -> bytearray:
