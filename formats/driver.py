@@ -42,6 +42,7 @@ class Driver(ABC):
     size: int  # virtual size (bytes), a multiple of SECTOR
     cluster_size: int | None = None  # bytes; None where the format has no clusters
     pieces: int = 1  # in which a cluster may be mapped apart
+    status_span: int | None = None  # bytes: QEMU's block status never reaches past a multiple of it
     backing: Backing | None = None
     warnings: tuple[str, ...] = ()  # what QEMU warns of when it opens such an image
 

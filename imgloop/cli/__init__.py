@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from io import TextIOWrapper
+from typing import NoReturn
 
 import click
 
@@ -18,6 +19,7 @@ from imgloop.gate import Gate, Trust
 
 # verb: what `imgloop --help` says of it; the command `<verb>` is in imgloop.cli.<verb>
 VERBS = {
+    "compare": "Compare what two images hold for a guest.",
     "dd": "Copy a part of an image to a raw file, with dd's operands.",
     "dump": "Show the structures of an image as they lie on disk.",
     "info": "Show what an image is.",
@@ -25,6 +27,14 @@ VERBS = {
     "read": "Read a part of an image.",
     "snapshot": "List the internal snapshots of an image.",
 }
+
+
+class Terminated(BaseException):
+    """SIGTERM came: what is under way is cleaned up as for an interrupt."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated
 
 
 class Verbs(click.Group):
@@ -79,6 +89,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code. Every error is one line on stderr, and none a traceback."""
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when the reader of a pipe has left
+    signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):
         # names come from strangers: they leave as the bytes that they were, and never end in an encoding error
         if isinstance(stream, TextIOWrapper):
@@ -90,7 +101,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def run(args: Sequence[str] | None = None) -> int:
     """`main` without touching the process's signals and streams."""
     try:
-        imgloop.main(args=args, prog_name="imgloop", standalone_mode=False)
+        code = imgloop.main(args=args, prog_name="imgloop", standalone_mode=False)
         sys.stdout.flush()
     except click.UsageError as error:
         say(error.format_message())
@@ -103,6 +114,9 @@ def run(args: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         say("interrupted")
         return 130
+    except Terminated:
+        say("terminated")
+        return 143
     except ImageError as error:
         say(str(error))
         return 1
@@ -116,7 +130,7 @@ def run(args: Sequence[str] | None = None) -> int:
         return _abandon_stdout(1)
     except SystemExit as end:
         return int(end.code or 0)
-    return 0
+    return code if isinstance(code, int) else 0  # a verb that has other exit codes than 0 and 1 returns them
 
 
 def say(message: str) -> None:
