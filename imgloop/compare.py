@@ -8,6 +8,7 @@ followed step by step from there: it decides what is said.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
@@ -303,11 +304,12 @@ def _first_difference(
             if ending:
                 return
 
-    for (window, block), differs in in_order(lambda work: pair.differs(work[1]), works(), pair.threads):
-        if differs and (found := pair.judge(window, block)):
-            return found
-        progress(block.end - position)
-        position = block.end
+    with closing(in_order(lambda work: pair.differs(work[1]), works(), pair.threads)) as results:
+        for (window, block), differs in results:
+            if differs and (found := pair.judge(window, block)):
+                return found
+            progress(block.end - position)
+            position = block.end
     if isinstance(ending, StatusError):
         raise ending
     if ending is None:

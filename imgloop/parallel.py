@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -38,7 +38,7 @@ def processors() -> int:
 
 def in_order(
     function: Callable[[Work], Result], works: Iterable[Work], threads: int
-) -> Iterator[tuple[Work, Result]]:
+) -> Generator[tuple[Work, Result], None, None]:
     """Each piece of work with its result, in order, some pieces ahead of who asks.
 
     An exception ends it where it belongs in the order; when the iterator is closed, running pieces come to

@@ -20,6 +20,7 @@ from imgloop.gate import Gate, Trust
 # verb: what `imgloop --help` says of it; the command `<verb>` is in imgloop.cli.<verb>
 VERBS = {
     "compare": "Compare what two images hold for a guest.",
+    "convert": "Write an image, or several in a row, to a raw file.",
     "dd": "Copy a part of an image to a raw file, with dd's operands.",
     "dump": "Show the structures of an image as they lie on disk.",
     "info": "Show what an image is.",
