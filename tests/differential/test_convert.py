@@ -19,8 +19,9 @@ pytestmark = judge.needs_qemu
 SEEDS = range(300)
 
 
-def convert_alike(directory: Path, *words: str) -> None:
+def convert_alike(directory: Path, *words: str, sparse: int = 4096) -> None:
     """Both convert with the same words: the same bytes, and ours has no fewer holes."""
+    words = ("-S", str(sparse), *words)
     theirs = judge.run("convert", "-O", "raw", *words, "theirs.raw", cwd=directory)
     ours = call("--trust", "convert", "-O", "raw", *words, "ours.raw", cwd=directory)
     assert (ours.rc, ours.out) == (theirs.rc, theirs.out), ours.err
@@ -31,7 +32,8 @@ def convert_alike(directory: Path, *words: str) -> None:
         assert one.read_bytes()[:common] == other.read_bytes()[:common]
     else:
         assert judge.first_difference(one, other) is None
-        assert data_bytes(one) <= data_bytes(other)
+        if sparse <= 4096:  # above, a short run of zeros is a hole for QEMU only where it happens to begin to read
+            assert data_bytes(one) <= data_bytes(other)
     one.unlink()
     other.unlink()
 
@@ -49,8 +51,8 @@ def test_random_image(seed: int, tmp_path: Path) -> None:
     where, format = image.directory, image.format
     chance = random.Random(seed)
     convert_alike(where, "-f", format, image.path)
-    sparse = str(chance.choice((0, 512, 4096, 8192, 65536, 1 << 20)))
-    convert_alike(where, "-f", format, "-S", sparse, "-m", str(chance.randrange(1, 5)), image.path)
+    sparse = chance.choice((0, 512, 8192, 65536, 1 << 20))
+    convert_alike(where, "-f", format, "-m", str(chance.randrange(1, 5)), image.path, sparse=sparse)
     for name in image.snapshots:
         convert_alike(where, "-f", format, "-l", "snapshot.name=" + name.replace(",", ",,"), image.path)
     into_existing(where, format, image.path, chance)
@@ -74,7 +76,7 @@ def test_fixture(fixture: Fixture, tmp_path: Path) -> None:
     restore(fixture.name, tmp_path)
     restore("zlib-4k.qcow2", tmp_path)
     convert_alike(tmp_path, "-f", fixture.format, fixture.name)
-    convert_alike(tmp_path, "-f", fixture.format, "-S", "0", fixture.name)
+    convert_alike(tmp_path, "-f", fixture.format, fixture.name, sparse=0)
     convert_alike(tmp_path, fixture.name, "zlib-4k.qcow2")
     for name in fixture.said["snapshots"]:
         convert_alike(tmp_path, "-f", fixture.format, "-l", f"snapshot.name={name}", fixture.name)
