@@ -73,6 +73,10 @@ class Driver(ABC):
         """
         raise OpenError(f"Failed to load snapshot: {self.format} has no internal snapshots")
 
+    def dirty_bitmaps(self) -> list[tuple[bytes, int]] | None:
+        """The usable persistent dirty bitmaps: name and granularity (bytes). None where there can be none."""
+        return None
+
     def info(self) -> dict[str, Any]:
         """What `qemu-img info` says of this format beyond size and names, under its keys."""
         return {}

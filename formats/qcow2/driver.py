@@ -167,6 +167,13 @@ class Qcow2(Driver):
         view._l1 = (found.l1_table_offset, found.l1_size)
         return view
 
+    def dirty_bitmaps(self) -> list[tuple[bytes, int]] | None:
+        """The bitmaps that were saved properly; version 2 has none."""
+        if self.header.version < 3:
+            return None
+        names = ((bitmap.name.encode("utf-8", "surrogateescape"), bitmap) for bitmap in self.bitmaps)
+        return [(name, bitmap.granularity) for name, bitmap in names if not bitmap.in_use]
+
     def info(self) -> dict[str, Any]:
         """What `qemu-img info` says beyond size and names (qcow2_get_specific_info)."""
         header = self.header

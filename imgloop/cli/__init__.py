@@ -25,6 +25,7 @@ VERBS = {
     "dump": "Show the structures of an image as they lie on disk.",
     "info": "Show what an image is.",
     "map": "Show which parts of an image hold data, and where.",
+    "measure": "Tell how much space an image would take in another format.",
     "read": "Read a part of an image.",
     "snapshot": "List the internal snapshots of an image.",
 }
