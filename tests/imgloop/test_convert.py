@@ -113,10 +113,8 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     """A damaged stream and a damaged table: nothing is left without --salvage, all else is saved with it."""
     data = raw(tmp_path / "a.raw", b"".join(b"%07d\n" % number for number in range(64 << 10)))
     judge.run("convert", "-f", "raw", "-O", "qcow2", "-c", "a.raw", "a.qcow2", cwd=tmp_path)
-    entries = json.loads(call("dump", "l2", "--output", "json", tmp_path / "a.qcow2").out or "null")
-    assert entries
     with (tmp_path / "a.qcow2").open("r+b") as file:
-        file.seek(0x50000)
+        file.seek(0x50000)  # the first stream is right behind the metadata
         file.write(b"\xff" * 64)
     theirs = judge.run("convert", "-O", "raw", "a.qcow2", "x.raw", cwd=tmp_path)
     ours = call("convert", "a.qcow2", "b.raw", cwd=tmp_path)
