@@ -176,6 +176,8 @@ class _Pair:
             one, other = self._read(block)
         except ImageError:
             return True
+        if len(one) % 8 == 0:  # words go faster than bytes
+            return not np.array_equal(one.view(np.uint64), other.view(np.uint64))
         return not np.array_equal(one, other)
 
     def sectors(self, block: _Block) -> Iterator[Difference]:
