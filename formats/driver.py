@@ -42,6 +42,7 @@ class Driver(ABC):
     size: int  # virtual size (bytes), a multiple of SECTOR
     cluster_size: int | None = None  # bytes; None where the format has no clusters
     pieces: int = 1  # in which a cluster may be mapped apart
+    status_span: int | None = None  # bytes: QEMU's block status never reaches past a multiple of it
     backing: Backing | None = None
     warnings: tuple[str, ...] = ()  # what QEMU warns of when it opens such an image
 
@@ -71,6 +72,10 @@ class Driver(ABC):
         Raises OpenError where there is none. The view shares its files with this driver.
         """
         raise OpenError(f"Failed to load snapshot: {self.format} has no internal snapshots")
+
+    def dirty_bitmaps(self) -> list[tuple[bytes, int]] | None:
+        """The usable persistent dirty bitmaps: name and granularity (bytes). None where there can be none."""
+        return None
 
     def info(self) -> dict[str, Any]:
         """What `qemu-img info` says of this format beyond size and names, under its keys."""

@@ -70,6 +70,18 @@ def _trim_front(extents: Extents, start: int | NDArray[np.int64]) -> None:
     extents["offset"] += np.where((extents["offset"] >= 0) & (extents["kind"] != Kind.COMPRESSED), cut, 0)
 
 
+def cut(extents: Extents, starts: NDArray[np.int64], end: int) -> tuple[Extents, NDArray[np.intp]]:
+    """The table in pieces that begin at `starts`, the last ending at `end`; and of which row each is a part.
+
+    All of it lies within the table; its own boundaries in that range are to be among the starts.
+    """
+    rows = np.searchsorted(extents["start"], starts, side="right") - 1
+    result: Extents = extents[rows]
+    _trim_front(result, starts)
+    result["length"] = np.diff(starts, append=end)
+    return result, rows
+
+
 def overlay(top: Extents, lower: Extents) -> Extents:
     """`top`, with what it does not hold taken from `lower`; both cover the same guest range.
 

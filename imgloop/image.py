@@ -335,8 +335,12 @@ class Image:
         self.readinto(buffer, offset)
         return bytes(buffer)
 
-    def readinto(self, buffer: bytearray | memoryview, offset: int) -> None:
-        """Fill `buffer` with the bytes at guest `offset`; errors as `pread`."""
+    def readinto(self, buffer: bytearray | memoryview, offset: int, *, once: bool = False) -> None:
+        """Fill `buffer` with the bytes at guest `offset`; errors as `pread`.
+
+        With `once` the calling thread does it all, and what it decodes is not kept: for who reads a whole image
+        in threads of their own.
+        """
         view = memoryview(buffer).cast("B")
         self._check_range(len(view), offset)
         done, length = 0, len(view)
@@ -348,8 +352,8 @@ class Image:
             at = bisect_right(window.starts, position) - 1
             while done < length and at < len(window.kinds):
                 take = min(length - done, window.ends[at] - offset - done)
-                task = (view[done : done + take], window, at, offset + done)
-                if window.kinds[at] == _COMPRESSED:
+                task = (view[done : done + take], window, at, offset + done, once)
+                if window.kinds[at] == _COMPRESSED and not once:
                     streams.append(task)
                 else:
                     self._fill(*task)
@@ -360,7 +364,7 @@ class Image:
         elif streams:
             self._fill(*streams[0])
 
-    def _fill(self, part: memoryview, window: _Window, at: int, position: int) -> None:
+    def _fill(self, part: memoryview, window: _Window, at: int, position: int, once: bool) -> None:
         """Fill `part` with guest bytes from `position` on, all within extent `at` of the window."""
         kind = window.kinds[at]
         if kind == _DATA:
@@ -368,7 +372,7 @@ class Image:
             file.readinto(part, window.offsets[at] + position - window.starts[at])
         elif kind == _COMPRESSED:
             driver = self.layers[window.depths[at]].driver
-            cluster = self._cluster(window.depths[at], window.offsets[at], window.stored[at])
+            cluster = self._cluster(window.depths[at], window.offsets[at], window.stored[at], keep=not once)
             skip = position % (driver.cluster_size or SECTOR)
             part[:] = memoryview(cluster)[skip : skip + len(part)]
         elif kind in (_INVALID, _ENCRYPTED):
@@ -376,13 +380,14 @@ class Image:
         else:
             part[:] = bytes(len(part))
 
-    def _cluster(self, depth: int, offset: int, stored: int) -> bytes:
+    def _cluster(self, depth: int, offset: int, stored: int, *, keep: bool) -> bytes:
         """The decoded cluster whose stream is at `offset` of layer `depth`."""
         key = (depth, offset)
         cluster = self._clusters.get(key)
         if cluster is None:
             cluster = self.layers[depth].driver.decode(offset, stored)
-            self._clusters.put(key, cluster, len(cluster))
+            if keep:
+                self._clusters.put(key, cluster, len(cluster))
         return cluster
 
     @cached_property

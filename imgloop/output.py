@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
 import os
 import stat
+import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
-from imgloop.formats.errors import ImageError, Where
+from imgloop.formats.errors import ImageError, OpenError, Where
 from imgloop.formats.source import Source
 from imgloop.image import Image
 
 BUFFER = 1 << 20  # bytes read and written at a time
+FICLONERANGE = 0x4020940D  # ioctl: share a range of another file
+PUNCH_HOLE = 0x03  # fallocate: punch a hole, keep the size
 OFFLOAD = 1 << 26  # bytes copied at a time within the kernel
 Progress = Callable[[int], None]  # is told how many bytes more are done
+
+
+@contextmanager
+def existing_file(path: str) -> Iterator[int]:
+    """A descriptor to write into a file or device that exists, in place; its errors named as `whole_file`'s."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        reason = f"Could not open '{path}': {os.strerror(error.errno or 0)}"
+        raise OpenError(f"Could not open '{path}': {reason}") from error
+    try:
+        yield fd
+    except OSError as error:
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(f"Could not write '{path}': {os.strerror(error.errno or 0)}", Where(path)) from error
+    finally:
+        os.close(fd)
 
 
 @contextmanager
@@ -145,6 +169,49 @@ def _offload(source: Source, offset: int, length: int, fd: int) -> Iterator[int]
         yield count
         offset += count
         length -= count
+
+
+def share(source: Source, offset: int, length: int, fd: int, at: int) -> bool | None:
+    """Let `fd` share `length` bytes at `offset` of the source, from its own offset `at` on, copying nothing.
+
+    False where just these cannot be shared (they do not lie on blocks of the file system), None where nothing
+    can be.
+    """
+    request = struct.pack("qQQQ", source.fd, offset, length, at)
+    try:
+        fcntl.ioctl(fd, FICLONERANGE, request)
+    except OSError as error:
+        return False if error.errno == errno.EINVAL else None
+    return True
+
+
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` at `offset` (bytes)."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], offset + done)
+
+
+def zero_range(fd: int, offset: int, length: int) -> None:
+    """Make `length` bytes at `offset` zeros: a hole where the file can have one, zeros written otherwise."""
+    if _fallocate is not None and not _fallocate(fd, PUNCH_HOLE, offset, length):
+        return
+    zeros = memoryview(bytes(min(length, BUFFER)))
+    for done in range(0, length, BUFFER):
+        write_at(fd, zeros[: length - done], offset + done)
+
+
+def _find_fallocate() -> Callable[[int, int, int, int], int] | None:
+    """The C library's fallocate, for Python's own only reserves space; None where there is none."""
+    try:
+        function = ctypes.CDLL(None).fallocate
+    except (OSError, AttributeError, TypeError):
+        return None
+    function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    return cast("Callable[[int, int, int, int], int]", function)
+
+
+_fallocate = _find_fallocate()
 
 
 def _appends(fd: int) -> bool:

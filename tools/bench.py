@@ -278,6 +278,64 @@ def sequential(directory: Path, runs: int) -> Iterator[Row]:
         yield Row(f"dd, 1 GiB {name}", ours, theirs, "qemu-img dd")
 
 
+def convert_case(name: str) -> Case:
+    """The case for one compression: `convert` of 2 GiB into a file in memory."""
+
+    def run(directory: Path, runs: int) -> Iterator[Row]:
+        image = converted(directory, 2048, *COMPRESSIONS[name])
+        target = directory / "out.raw"
+        words = ("convert", "-O", "raw", image, target)
+
+        def fresh(*tool: str) -> Callable[[], object]:
+            def work() -> None:
+                target.unlink(missing_ok=True)
+                command(*tool, *words)()
+
+            return work
+
+        ours, theirs = in_turns(runs, fresh(*IMGLOOP), fresh("qemu-img"))
+        target.unlink()
+        yield Row(f"convert, 2 GiB {name}", ours, theirs, "qemu-img convert")
+
+    run.__doc__ = f"`convert` of 2 GiB, {name}, into a raw file in memory."
+    return run
+
+
+for _name in COMPRESSIONS:
+    CASES[f"convert-{_name}"] = convert_case(_name)
+
+
+@case
+def convert_threads(directory: Path, runs: int) -> Iterator[Row]:
+    """`convert` of 1 GiB with one thread, against two (a ratio above 1: what the second one brings)."""
+    for name, options in COMPRESSIONS.items():
+        image = converted(directory, 1024, *options)
+        target = directory / "out.raw"
+        words = ("convert", image, target)
+        two, one = in_turns(runs, command(*IMGLOOP, *words, "-m", "2"), command(*IMGLOOP, *words, "-m", "1"))
+        image.unlink()
+        yield Row(f"convert -m 2, 1 GiB {name}", two, one, "imgloop -m 1")
+
+
+@case
+def compare_equal(directory: Path, runs: int) -> Iterator[Row]:
+    """`compare` of 2 GiB with its raw copy."""
+    yield comparison(directory, runs, "plain")
+
+
+@case
+def compare_compressed(directory: Path, runs: int) -> Iterator[Row]:
+    """`compare` of 2 GiB, compressed by zlib, with its raw copy."""
+    yield comparison(directory, runs, "zlib")
+
+
+def comparison(directory: Path, runs: int, name: str) -> Row:
+    image = converted(directory, 2048, *COMPRESSIONS[name])
+    words = ("compare", image, directory / "guest-2048.raw")
+    ours, theirs = in_turns(runs, command(*IMGLOOP, *words), command("qemu-img", *words))
+    return Row(f"compare, 2 GiB {name} with raw", ours, theirs, "qemu-img compare")
+
+
 @case
 def random_reads(directory: Path, runs: int) -> Iterator[Row]:
     """Random 4 KiB reads through the library: of an image that fits the cluster cache, and of one 4 times it."""

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from imgloop.formats.extents import Extents
     from imgloop.formats.qcow2.mapping import Mapping
 
+L2_SLICE = 1 << 16  # bytes of an L2 table that QEMU looks at together
+
 
 class Qcow2(Driver):
     """A qcow2 image, or the view of one of its snapshots.
@@ -53,6 +55,7 @@ class Qcow2(Driver):
         self.extensions, _ = read_extensions(source, header)
         self.size = header.virtual_size
         self.cluster_size = header.cluster_size
+        self.status_span = min(header.cluster_size, L2_SLICE) * header.l2_entries
         self.pieces = schema.SUBCLUSTERS if header.extended_l2 else 1
         for problem in promise_problems(source, header, self.extensions, reading=purpose != "info"):
             raise problem
@@ -163,6 +166,13 @@ class Qcow2(Driver):
         view.size = found.disk_size // 512 * 512
         view._l1 = (found.l1_table_offset, found.l1_size)
         return view
+
+    def dirty_bitmaps(self) -> list[tuple[bytes, int]] | None:
+        """The bitmaps that were saved properly; version 2 has none."""
+        if self.header.version < 3:
+            return None
+        names = ((bitmap.name.encode("utf-8", "surrogateescape"), bitmap) for bitmap in self.bitmaps)
+        return [(name, bitmap.granularity) for name, bitmap in names if not bitmap.in_use]
 
     def info(self) -> dict[str, Any]:
         """What `qemu-img info` says beyond size and names (qcow2_get_specific_info)."""

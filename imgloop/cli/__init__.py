@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from io import TextIOWrapper
+from typing import NoReturn
 
 import click
 
@@ -20,13 +21,24 @@ from imgloop.gate import Gate, Trust
 VERBS = {
     "check": "Check the structures of an image, and who claims what.",
     "explain": "Explain one place of an image: who claims it, where it leads.",
+    "compare": "Compare what two images hold for a guest.",
+    "convert": "Write an image, or several in a row, to a raw file.",
     "dd": "Copy a part of an image to a raw file, with dd's operands.",
     "dump": "Show the structures of an image as they lie on disk.",
     "info": "Show what an image is.",
     "map": "Show which parts of an image hold data, and where.",
+    "measure": "Tell how much space an image would take in another format.",
     "read": "Read a part of an image.",
     "snapshot": "List the internal snapshots of an image.",
 }
+
+
+class Terminated(BaseException):
+    """SIGTERM came: what is under way is cleaned up as for an interrupt."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated
 
 
 class Verbs(click.Group):
@@ -81,6 +93,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code. Every error is one line on stderr, and none a traceback."""
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when the reader of a pipe has left
+    signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):
         # names come from strangers: they leave as the bytes that they were, and never end in an encoding error
         if isinstance(stream, TextIOWrapper):
@@ -111,6 +124,9 @@ def run(args: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         say("interrupted")
         return 130
+    except Terminated:
+        say("terminated")
+        return 143
     except ImageError as error:
         say(str(error))
         return 1

@@ -10,9 +10,18 @@ from contextlib import contextmanager
 
 import click
 
+from imgloop.sizes import size_text
+
 progress_option = click.option(
     "--progress", type=click.Choice(["auto", "json", "none"]), default="auto", help="auto: a bar on a terminal."
 )
+
+Report = Callable[[int], None]  # is told how many bytes more are done
+
+
+def work_progress(mode: str, wanted: bool) -> str:
+    """The mode for verbs that show a bar only on request (-p), as qemu-img does."""
+    return mode if mode != "auto" or wanted else "none"
 
 
 @contextmanager
@@ -23,8 +32,22 @@ def progress_bar(mode: str, total: int, label: str) -> Iterator[Callable[[int], 
         yield report
         report.say()
     elif mode == "auto" and sys.stderr.isatty():
-        with click.progressbar(length=total, label=label, file=sys.stderr) as bar:
-            yield bar.update
+        start = time.monotonic()
+        done = 0
+
+        def rate(_: object) -> str:
+            return f"{size_text(int(done / max(time.monotonic() - start, 1e-3)))}/s"
+
+        with click.progressbar(
+            length=total, label=label, file=sys.stderr, show_eta=True, item_show_func=rate
+        ) as bar:
+
+            def advance(more: int) -> None:
+                nonlocal done
+                done += more
+                bar.update(more, done)
+
+            yield advance
     else:
         yield lambda _: None
 
