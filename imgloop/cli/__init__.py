@@ -13,7 +13,7 @@ from io import TextIOWrapper
 import click
 
 from imgloop import __version__
-from imgloop.formats.errors import ImageError
+from imgloop.formats.errors import ImageError, visible
 from imgloop.gate import Gate, Trust
 
 # verb: what `imgloop --help` says of it; the command `<verb>` is in imgloop.cli.<verb>
@@ -57,7 +57,7 @@ class Verbs(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Verbs, no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--allow", metavar="PATH", multiple=True, help="Let images refer to this file, or to files below it."
 )
@@ -79,14 +79,18 @@ def imgloop(ctx: click.Context, allow: tuple[str, ...], trust: bool, untrusted: 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code. Every error is one line on stderr, and none a traceback."""
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when the reader of a pipe has left
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123  # for as long as the process lives
+    if sys.stdout is None:
+        say("stdout is closed")
+        return 1
     for stream in (sys.stdout, sys.stderr):
         # names come from strangers: they leave as the bytes that they were, and never end in an encoding error
         if isinstance(stream, TextIOWrapper):
             utf8 = stream.encoding.lower().replace("-", "") == "utf8"
             stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
-    signal.signal(signal.SIGTERM, _end)
     return run(args)
 
 
@@ -129,7 +133,7 @@ def run(args: Sequence[str] | None = None) -> int:
 
 def say(message: str) -> None:
     """One line of error on stderr."""
-    click.echo(f"imgloop: error: {message}", err=True)
+    click.echo(f"imgloop: error: {visible(message)}", err=True)
 
 
 def _abandon_stdout(code: int) -> int:
