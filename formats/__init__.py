@@ -66,6 +66,8 @@ def open_driver(
     """
     if format is None:
         format = probe(source.pread(PROBE_LENGTH, 0), source.name)
+    if format == "qcow2" and options:
+        raise OpenError(f"Block format 'qcow2' does not support the option '{next(iter(options))}'")
     if format == "qcow2":
         from imgloop.formats.qcow2.driver import Qcow2
 

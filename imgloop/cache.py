@@ -24,6 +24,13 @@ class Cache(Generic[K, V]):
         self._lock = Lock()
         self.get = self._values.get
 
+    def clear(self) -> None:
+        """Forget all."""
+        with self._lock:
+            self._values.clear()
+            self._sizes.clear()
+            self.used = 0
+
     def put(self, key: K, value: V, size: int) -> None:
         """Keep `value`, which takes `size` bytes."""
         with self._lock:

@@ -7,8 +7,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from imgloop import names
 from imgloop.cache import Cache
@@ -99,7 +98,7 @@ def open_layers(
     A chain that comes back to a file that it has been to (by device and inode) is an OpenError, and so is one
     with more than `limits.chain_depth` layers.
     """
-    text = os.fspath(path)
+    text = os.fsdecode(path)
     gate = gate or Gate()
     try:
         top = _parse(text, format, image_opts)
@@ -120,6 +119,7 @@ def open_layers(
             if purpose == "info":
                 prefix = f"Could not open '{below.text}'"
             if len(seen) >= limits.chain_depth:
+                prefix = f"Could not open '{text}'"  # not once for each layer
                 raise OpenError(f"The backing chain has more than {limits.chain_depth} layers")
             layer = _open_layer(below, named_by, gate, purpose, top)
             if layer.driver.source.identity in seen:
@@ -186,20 +186,22 @@ def _open_layer(node: Node, named_by: str | None, gate: Gate, purpose: Purpose, 
 
     def open_data_file(name: str) -> Source:
         # a stored name is a plain file name, and counts from the current directory
-        if node.data_file is not None:
-            return open_file(node.data_file, "data file", named_by)
-        return open_file(name, "data file", node.filename)
+        own = node.data_file is not None
+        file = open_file(node.data_file or name, "data file", named_by if own else node.filename)
+        opened.append(file)
+        return file
 
     source = open_file(node.filename, "backing file", named_by)
+    opened = [source]
     try:
         driver = open_driver(
             source, node.format, open_data_file=open_data_file, purpose=purpose, options=node.options
         )
-    except ReadError as error:
-        source.close()
-        raise OpenError(error.message, error.where) from error
-    except BaseException:
-        source.close()
+    except BaseException as error:
+        for file in opened:
+            file.close()
+        if isinstance(error, ReadError):
+            raise OpenError(error.message, error.where) from error
         raise
     if node.backing is not None and driver.format == "raw":
         driver.close()
@@ -232,6 +234,8 @@ class Image:
 
     def __init__(self, layers: list[Layer], limits: Limits = DEFAULT) -> None:
         self.layers = tuple(layers)
+        self._closed = False
+        self._pool: tuple[int, ThreadPoolExecutor] | None = None
         self.limits = limits
         self.size = layers[0].driver.size
         self.format = layers[0].driver.format
@@ -242,7 +246,7 @@ class Image:
             self._first_file.append(self._first_file[-1] + len(layer.driver.files))
         self._window_bits = (min(map(_unit, layers)) * WINDOW_UNITS).bit_length() - 1
         self._windows: Cache[int, _Window] = Cache(limits.table_cache)
-        self._clusters: Cache[tuple[int, int], bytes] = Cache(limits.cluster_cache)
+        self._clusters: Cache[tuple[int, int, int], bytes] = Cache(limits.cluster_cache)
 
     def __enter__(self) -> Self:
         return self
@@ -260,8 +264,11 @@ class Image:
 
     def close(self) -> None:
         """Close every file of the chain."""
-        if "_threads" in self.__dict__:
-            self._threads.shutdown()
+        self._closed = True
+        if self._pool and self._pool[0] == os.getpid():
+            self._pool[1].shutdown()
+        self._windows.clear()
+        self._clusters.clear()
         for layer in self.layers:
             layer.driver.close()
 
@@ -382,7 +389,7 @@ class Image:
 
     def _cluster(self, depth: int, offset: int, stored: int, *, keep: bool) -> bytes:
         """The decoded cluster whose stream is at `offset` of layer `depth`."""
-        key = (depth, offset)
+        key = (depth, offset, stored)  # damaged entries may give one stream several lengths
         cluster = self._clusters.get(key)
         if cluster is None:
             cluster = self.layers[depth].driver.decode(offset, stored)
@@ -390,12 +397,15 @@ class Image:
                 self._clusters.put(key, cluster, len(cluster))
         return cluster
 
-    @cached_property
+    @property
     def _threads(self) -> ThreadPoolExecutor:
         """Threads that decode: the libraries let go of the interpreter while they do."""
         from concurrent.futures import ThreadPoolExecutor
 
-        return ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_THREADS), "imgloop-decode")
+        if self._pool is None or self._pool[0] != os.getpid():  # a fork leaves the threads behind
+            workers = min(os.cpu_count() or 1, MAX_THREADS)
+            self._pool = os.getpid(), ThreadPoolExecutor(workers, "imgloop-decode")
+        return self._pool[1]
 
     def _load_window(self, number: int) -> _Window:
         start = number << self._window_bits
@@ -413,6 +423,8 @@ class Image:
         return window
 
     def _check_range(self, length: int, offset: int) -> None:
+        if self._closed:
+            raise UsageError("The image is closed", Where(self.name))
         if offset < 0 or length < 0 or offset + length > self.size:
             raise OutOfRangeError(
                 f"Range of {length} bytes at {offset} is outside of the image, which has {self.size} bytes",
@@ -451,15 +463,27 @@ class ImageFile(io.RawIOBase):
         self._position = 0
 
     def readable(self) -> bool:
-        """True."""
+        """True; ValueError once it is closed, as all calls."""
+        self._check_open()
         return True
 
     def seekable(self) -> bool:
         """True."""
+        self._check_open()
         return True
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ValueError("I/O operation on closed file")
+
+    def write(self, data: Any) -> NoReturn:
+        """Refuse: the file is read-only."""
+        self._check_open()
+        raise io.UnsupportedOperation("write")
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move as `io.RawIOBase.seek` does; the new position (bytes). Past the end there is nothing to read."""
+        self._check_open()
         bases = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.image.size}
         if whence not in bases:
             raise ValueError(f"invalid whence {whence}")
@@ -471,12 +495,15 @@ class ImageFile(io.RawIOBase):
 
     def tell(self) -> int:
         """The position (bytes)."""
+        self._check_open()
         return self._position
 
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer` as far as the image reaches; the number of bytes, 0 at its end."""
+        self._check_open()
         view = memoryview(buffer).cast("B")
         count = max(0, min(len(view), self.image.size - self._position))
-        self.image.readinto(view[:count], self._position)
+        if count:
+            self.image.readinto(view[:count], self._position)
         self._position += count
         return count

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from imgloop.formats.errors import OpenError
+from imgloop.sizes import parse_size
 
 # Options of QEMU's nodes that change nothing for one who only reads.
 _HARMLESS = re.compile(
@@ -202,7 +203,7 @@ def _file(options: Any) -> str:
     if not isinstance(options, dict):
         raise OpenError(f"Cannot find device='{options}' nor node-name='{options}'")
     options = dict(options)
-    driver = options.pop("driver", "file")
+    driver = _word(options.pop("driver", "file"), "driver")
     if driver not in ("file", "host_device"):
         if driver not in _OTHER_PROTOCOLS:
             raise OpenError(f"Unknown driver '{driver}'")
@@ -223,13 +224,11 @@ def _word(value: Any, name: str) -> str | None:
 
 
 def _size(value: Any, name: str) -> int:
-    from imgloop.sizes import parse_size
-
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise OpenError(f"Parameter '{name}' expects a size")
     try:
         return value if isinstance(value, int) and value >= 0 else parse_size(str(value))
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise OpenError(f"Parameter '{name}' expects a size") from error
 
 

@@ -6,10 +6,10 @@ import ctypes
 import errno
 import fcntl
 import os
+import secrets
 import stat
 import struct
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,20 +45,27 @@ def existing_file(path: str) -> Iterator[int]:
 
 
 @contextmanager
-def whole_file(path: str) -> Iterator[int]:
+def whole_file(path: str, *, keep: Iterable[Source] = ()) -> Iterator[int]:
     """A descriptor to write a new file through, which appears under its name only when all went well.
 
-    An existing file is replaced then and keeps its mode; a device or a pipe is written directly.
+    An existing file is replaced then and keeps its mode; a device or a pipe is written directly. None of the
+    files of `keep` is ever replaced: one is an ImageError.
     """
-    target = Path(path)
+    target, temporary = Path(path), None
     try:
         existing = target.stat() if target.exists() else None
+        if existing and (existing.st_dev, existing.st_ino) in {source.identity for source in keep}:
+            raise ImageError(f"Could not create '{path}': the image that is read needs this file", Where(path))
         if existing and not stat.S_ISREG(existing.st_mode):
-            fd, temporary = os.open(path, os.O_WRONLY | os.O_CLOEXEC), None
+            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         else:
+            if existing and not os.access(target, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             target = target.resolve()
-            fd, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-            os.fchmod(fd, stat.S_IMODE(existing.st_mode) if existing else 0o666 & ~_umask())
+            temporary = target.parent / f".imgloop-{secrets.token_hex(8)}"
+            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            if existing:
+                os.fchmod(fd, stat.S_IMODE(existing.st_mode))
     except OSError as error:
         reason = os.strerror(error.errno or 0)
         raise ImageError(f"Could not create '{path}': {reason}", Where(path)) from error
@@ -67,7 +74,7 @@ def whole_file(path: str) -> Iterator[int]:
         os.close(fd)
         fd = -1
         if temporary:
-            Path(temporary).replace(target)
+            temporary.replace(target)
             temporary = None
     except OSError as error:
         if isinstance(error, ImageError):
@@ -77,13 +84,7 @@ def whole_file(path: str) -> Iterator[int]:
         if fd >= 0:
             os.close(fd)
         if temporary:
-            Path(temporary).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+            temporary.unlink(missing_ok=True)
 
 
 def copy_range(
@@ -128,7 +129,7 @@ def _pieces(image: Image, start: int, length: int) -> Iterator[_Piece]:
 
     from imgloop.formats.extents import Kind
 
-    for table in image.iter_extents(start, length):
+    for table in image.iter_extents(start, length, holes=True):
         kinds = table["kind"]
         changes = (kinds[1:] != kinds[:-1]) | (kinds[1:] == Kind.DATA)
         firsts = table[np.concatenate(([True], changes))]
@@ -137,7 +138,7 @@ def _pieces(image: Image, start: int, length: int) -> Iterator[_Piece]:
         for first, kind, file, offset, end in rows:
             if kind == Kind.DATA:
                 yield _Piece(first, end, image.files[file], offset)
-            elif kind not in (Kind.UNALLOCATED, Kind.ZERO):
+            elif kind not in (Kind.UNALLOCATED, Kind.ZERO, Kind.HOLE):
                 yield _Piece(first, end, None, 0)
 
 
@@ -217,21 +218,6 @@ _fallocate = _find_fallocate()
 def _appends(fd: int) -> bool:
     """Whether writes go to the file's end wherever one seeks (a shell's `>>`), or it is already under way."""
     return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND) or os.lseek(fd, 0, os.SEEK_CUR) != 0
-
-
-def _filled(image: Image, start: int, length: int) -> Iterator[tuple[int, int]]:
-    """The ranges (first, end) of the guest range that the image does not call zero."""
-    import numpy as np
-
-    from imgloop.formats.extents import Kind
-
-    for table in image.iter_extents(start, length):
-        empty = np.isin(table["kind"], (Kind.UNALLOCATED, Kind.ZERO))
-        firsts = np.flatnonzero(np.concatenate(([True], empty[1:] != empty[:-1])))
-        bounds = [*table["start"][firsts].tolist(), int(table["start"][-1] + table["length"][-1])]
-        for first, end, skip in zip(bounds, bounds[1:], empty[firsts].tolist(), strict=False):
-            if not skip:
-                yield first, end
 
 
 def _write_all(fd: int, data: memoryview) -> None:

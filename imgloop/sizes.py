@@ -6,7 +6,7 @@ import re
 from math import frexp
 
 _UNITS = {"": 1, "b": 1, "s": 512} | {unit: 1 << 10 * (n + 1) for n, unit in enumerate("kmgtpe")}
-_SIZE = re.compile(r"(0x[0-9a-f]+|[0-9]+(?:\.[0-9]+)?)([bskmgtpe]?)(?:i?b)?", re.IGNORECASE)
+_SIZE = re.compile(r"(0x[0-9a-f]+|[0-9]+(?:\.[0-9]+)?)(?:([bs])|([kmgtpe])(?:i?b)?)?", re.IGNORECASE)
 MAX_SIZE = (1 << 63) - 1
 
 
@@ -18,9 +18,11 @@ def parse_size(text: str) -> int:
     found = _SIZE.fullmatch(text.strip())
     if not found:
         raise ValueError(f"invalid size '{text}'")
-    number, unit = found[1], _UNITS[found[2].lower()]
+    number, unit = found[1], _UNITS[(found[2] or found[3] or "").lower()]
     if number.lower().startswith("0x"):
         size = int(number, 16) * unit
+    elif "." in number and not found[3]:
+        raise ValueError(f"'{text}' is not a whole number of bytes")
     elif "." in number:
         whole, fraction = number.split(".")
         size = int(whole) * unit + int(fraction) * unit // 10 ** len(fraction)

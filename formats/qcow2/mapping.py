@@ -39,7 +39,9 @@ class Mapping:
         self.source = source
         self.header = header
         self.l1_table_offset = l1_table_offset
-        self.l1_size = l1_size
+        # entries past the end of the file read as zeros, and a file may promise a table far larger than itself
+        reach = max(0, source.size - l1_table_offset)
+        self.l1_size = min(l1_size, -(-reach // schema.L1.size))
         self.columns = schema.EXTENDED_L2_COLUMNS if header.extended_l2 else schema.L2
         self.subclusters = schema.SUBCLUSTERS if header.extended_l2 else 1
         self.batch = max(1, BATCH // self.subclusters)  # entries

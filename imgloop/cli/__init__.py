@@ -14,7 +14,7 @@ from typing import NoReturn
 import click
 
 from imgloop import __version__
-from imgloop.formats.errors import ImageError
+from imgloop.formats.errors import ImageError, visible
 from imgloop.gate import Gate, Trust
 
 # verb: what `imgloop --help` says of it; the command `<verb>` is in imgloop.cli.<verb>
@@ -34,11 +34,15 @@ VERBS = {
 
 
 class Terminated(BaseException):
-    """SIGTERM came: what is under way is cleaned up as for an interrupt."""
+    """SIGTERM or SIGHUP came: what is under way is cleaned up as for an interrupt."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
-def _terminate(*_: object) -> NoReturn:
-    raise Terminated
+def _terminate(number: int, _frame: object) -> NoReturn:
+    raise Terminated(number)
 
 
 class Verbs(click.Group):
@@ -69,7 +73,7 @@ class Verbs(click.Group):
         return super().resolve_command(ctx, args)
 
 
-@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Verbs, no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--allow", metavar="PATH", multiple=True, help="Let images refer to this file, or to files below it."
 )
@@ -91,21 +95,19 @@ def imgloop(ctx: click.Context, allow: tuple[str, ...], trust: bool, untrusted: 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code. Every error is one line on stderr, and none a traceback."""
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when the reader of a pipe has left
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminate)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123  # for as long as the process lives
+    if sys.stdout is None:
+        say("stdout is closed")
+        return 1
     for stream in (sys.stdout, sys.stderr):
         # names come from strangers: they leave as the bytes that they were, and never end in an encoding error
         if isinstance(stream, TextIOWrapper):
             utf8 = stream.encoding.lower().replace("-", "") == "utf8"
             stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
-    signal.signal(signal.SIGTERM, _end)
     return run(args)
-
-
-def _end(number: int, _frame: object) -> None:
-    """End as if killed by the signal, but leave nothing half-written behind."""
-    raise SystemExit(128 + number)
 
 
 def run(args: Sequence[str] | None = None) -> int:
@@ -124,9 +126,9 @@ def run(args: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         say("interrupted")
         return 130
-    except Terminated:
+    except Terminated as end:
         say("terminated")
-        return 143
+        return 128 + end.number
     except ImageError as error:
         say(str(error))
         return 1
@@ -145,7 +147,7 @@ def run(args: Sequence[str] | None = None) -> int:
 
 def say(message: str) -> None:
     """One line of error on stderr."""
-    click.echo(f"imgloop: error: {message}", err=True)
+    click.echo(f"imgloop: error: {visible(message)}", err=True)
 
 
 def _abandon_stdout(code: int) -> int:

@@ -53,7 +53,7 @@ def dd(
             click.echo(f"imgloop: {words['if']}: cannot skip to specified offset", err=True)
         start = min(start, end)
         length = end - start
-        with progress_bar(progress, length, "copying") as advance, whole_file(words["of"]) as fd:
+        with progress_bar(progress, length, "copying") as advance, whole_file(words["of"], keep=image.files) as fd:
             copy_range(image, start, length, fd, progress=advance, pad=SECTOR)
 
 

@@ -48,8 +48,12 @@ def read(
         raise UsageError("-o and -x are mutually exclusive")
     with imgloop.open(file, format, snapshot=snapshot, gate=gate, image_opts=image_opts) as image:
         warn(image.warnings)
+        if offset > image.size:
+            raise OutOfRangeError(
+                f"Offset {offset} is past the end: the image has {image.size} bytes", Where(image.name)
+            )
         if length is None:
-            length = max(image.size - offset, 0)
+            length = image.size - offset
         if offset + length > image.size:
             raise OutOfRangeError(
                 f"Cannot read {length} bytes at offset {offset}: the image has {image.size} bytes",
@@ -69,7 +73,7 @@ def _copy(image: Image, offset: int, length: int, out: str | None, progress: str
             sys.stdout.flush()
             copy_range(image, offset, length, sys.stdout.fileno(), progress=advance)
         else:
-            with whole_file(out) as fd:
+            with whole_file(out, keep=image.files) as fd:
                 copy_range(image, offset, length, fd, progress=advance)
 
 

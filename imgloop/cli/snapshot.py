@@ -15,7 +15,7 @@ from imgloop.gate import Gate
 @image_options
 @output_option
 @click.option("-l", "--list", "listing", is_flag=True, help="List the snapshots (the default).")
-@click.option("-q", "--quiet", is_flag=True, help="Print nothing on stdout.")
+@click.option("-q", "--quiet", is_flag=True, help="Accepted as qemu-img has it; the list is printed.")
 @file_argument
 @click.pass_obj
 def snapshot(
