@@ -16,9 +16,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def image_options(function: Function) -> Function:
     """-f, --image-opts and -U: how the image is opened."""
     for option in (
-        click.option(
-            "-U", "--force-share", is_flag=True, help="Accepted as by qemu-img; no locks are taken."
-        ),
+        click.option("-U", "--force-share", is_flag=True, help="Accepted as by qemu-img; no locks are taken."),
         click.option("--image-opts", is_flag=True, help="FILE is a list of options: key=value,…"),
         click.option("-f", "--format", metavar="FMT", help="The image's format; without it, probe."),
     ):
