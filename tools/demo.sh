@@ -3,7 +3,8 @@
 cd "$(dirname "$0")/../fixtures" || exit 1
 
 say() { printf '\n\033[1m# %s\033[0m\n' "$1"; }
-run() { printf '\033[36m$ imgloop %s\033[0m\n' "$*"; imgloop "$@" || echo "(exit code $?)"; }
+run() { printf '\033[36m$ imgloop %s\033[0m\n' "$*"; imgloop "$@" || exit; }
+refused() { printf '\033[36m$ imgloop %s\033[0m\n' "$*"; imgloop "$@" && exit 1; echo "(exit code $?)"; }
 
 say 'What is this image?'
 run info disk.qcow2
@@ -16,7 +17,7 @@ imgloop map --output json overlay.qcow2 | head -6
 say 'How does it lie on disk? Field by field:'
 run dump overlay.qcow2 header
 say 'An image from a stranger: open nothing that it refers to.'
-run --untrusted read --length 8s -x overlay.qcow2
+refused --untrusted read --length 8s -x overlay.qcow2
 say 'The same from Python:'
 cat <<'PY'
 >>> import imgloop
