@@ -163,13 +163,13 @@ def test_a_signal_leaves_nothing(number: int, code: int, said: str, tmp_path: Pa
         env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])},
     )
     deadline = time.monotonic() + 30
-    while not list(tmp_path.glob(".b.raw.*")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob(".imgloop-*")) and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.1)
     running.send_signal(number)
     _, err = running.communicate(timeout=60)
     assert running.returncode == code
-    assert err.splitlines()[-1] == f"imgloop: error: {said}"
+    assert f"imgloop: error: {said}" in err.splitlines()
     assert [path.name for path in tmp_path.iterdir()] == ["a.raw"]
 
 
